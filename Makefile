@@ -1,0 +1,76 @@
+# Everything a newcomer types. Each target installs what it needs into .venv first; nothing else is touched.
+#
+#   make demo    fine-tune SmolLM2-135M over HTTP and compare before with after
+#   make test    every test;  ARGS="-k heartbeat" chooses some
+#   make lint    style and import rules
+#   make types   mypy --strict
+#   make up      the service on ./anneal-data, until Ctrl-C
+#
+# PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13), LOCK=locks/gpu.lock installs for an NVIDIA GPU.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo up test lint types containers clean
+
+VENV ?= .venv
+LOCK ?= locks/cpu.lock
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(notdir $(LOCK))
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all:
+
+help:
+	@sed -n '3,9s/^# *//p' Makefile
+
+install: $(STAMP)
+
+# Two steps, because pip's resolver can't be asked about Unsloth (locks/lock.py says why): torch with the needs of its
+# build, held to the lock's versions, then everything else exactly as locked. The stamp comes last, so that an
+# installation that was cut off is taken up again.
+$(STAMP): $(LOCK) locks/dev.lock pyproject.toml
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
+	@echo "Installing $(LOCK) into $(VENV) (a minute or two, once)" >&2
+	$(PIP) "$$(grep '^torch==' $(LOCK))" --constraint $(LOCK)
+	$(PIP) --no-deps --requirement $(LOCK) --requirement locks/dev.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install
+	$(BIN)/anneal demo $(ARGS)
+
+up: install
+	$(BIN)/anneal up $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python locks/lock.py check
+
+types: install
+	$(BIN)/mypy
+
+containers: install
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/hadolint Dockerfile.gpu
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# The first interpreter that runs, is 3.11 to 3.13 and can make an environment: a name on the PATH alone proves nothing.
+define create_venv
+{ for python in "$(PYTHON)" python3.13 python3.12 python3.11 python3; do \
+    if [ -n "$$python" ] && "$$python" -c '$(SUITABLE)' 2>/dev/null; then \
+      exec "$$python" -m venv --clear $(VENV); fi; \
+    if [ -n "$(PYTHON)" ] && [ "$$python" = "$(PYTHON)" ]; then \
+      echo "PYTHON=$(PYTHON) does not run, is not Python 3.11 to 3.13, or lacks the venv module" >&2; exit 1; fi; \
+  done; \
+  echo "No Python 3.11 to 3.13 with the venv module found. Install one (Debian, Ubuntu: apt install python3-venv)" >&2; \
+  echo "or name it: make install PYTHON=/path/to/python3.12" >&2; exit 1; }
+endef

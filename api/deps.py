@@ -1,0 +1,51 @@
+"""What routes ask for: the caller, the settings, the outbox."""
+
+import hmac
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from shared.errors import Unauthorized
+from shared.models import DEFAULT_PROJECT
+from shared.queue import Outbox
+from shared.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is asking."""
+
+    project_id: str
+
+
+def get_settings_of(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+SettingsDep = Annotated[Settings, Depends(get_settings_of)]
+
+
+def _identify(request: Request, settings: SettingsDep) -> Identity:
+    """The project behind the bearer token. Without a configured key everybody (on loopback) is `default`."""
+    if settings.api_key is None:
+        return Identity(DEFAULT_PROJECT)
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthorized("no API key was sent; send `Authorization: Bearer <ANNEAL_API_KEY>`")
+    # Compared as bytes: compare_digest refuses non-ASCII strings, and a key is anything a client typed.
+    if not hmac.compare_digest(token.strip().encode(), settings.api_key.encode()):
+        raise Unauthorized("the API key is not valid here; use the value of ANNEAL_API_KEY")
+    return Identity(DEFAULT_PROJECT)
+
+
+Caller = Annotated[Identity, Depends(_identify)]
+
+
+def _outbox(request: Request) -> Outbox:
+    outbox: Outbox = request.app.state.outbox
+    return outbox
+
+
+OutboxDep = Annotated[Outbox, Depends(_outbox)]

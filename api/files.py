@@ -1,0 +1,116 @@
+"""/v1/files: uploads, listing, content, deletion."""
+
+import logging
+from collections.abc import Iterator
+from typing import Annotated, BinaryIO, Literal
+
+from fastapi import APIRouter, Form, UploadFile
+from fastapi.responses import FileResponse
+from sqlalchemy import select
+
+from api.deps import Caller, OutboxDep, SettingsDep
+from api.paging import After, Limit, page
+from shared import files, storage, training_data
+from shared.db import reading, transaction
+from shared.errors import BadRequest, NotFound
+from shared.ids import new_id
+from shared.models import File, FileStatus
+from shared.schemas import Deleted, FileObject, Page
+
+log = logging.getLogger(__name__)
+router = APIRouter(prefix="/files", tags=["files"])
+
+MAX_FILENAME_CHARACTERS = 255
+
+
+@router.post("")
+def create_file(
+    file: UploadFile, purpose: Annotated[str, Form()], caller: Caller, settings: SettingsDep, outbox: OutboxDep
+) -> FileObject:
+    """Store a file. One for training is checked: a small one before the answer, a large one by `worker batch`."""
+    if purpose not in files.UPLOAD_PURPOSES:
+        raise BadRequest(
+            f"purpose={purpose[:100]!r} must be one of {', '.join(files.UPLOAD_PURPOSES)}", param="purpose"
+        )
+    filename = file.filename or "upload"
+    if len(filename) > MAX_FILENAME_CHARACTERS:
+        raise BadRequest(
+            f"the file name has {len(filename)} characters; at most {MAX_FILENAME_CHARACTERS} are allowed", param="file"
+        )
+    file_id = new_id("file")
+    stored = storage.save_file(settings, file_id, _chunks(file.file), max_bytes=settings.max_upload_bytes)
+    try:
+        status, summary = FileStatus.PROCESSED, None
+        if stored.bytes == 0:
+            raise training_data.InvalidRow("the file is empty")
+        if purpose == "fine-tune":
+            if stored.bytes <= settings.inline_validation_bytes:
+                summary = training_data.validate(stored.path)
+            else:
+                status = FileStatus.UPLOADED
+        with transaction() as session:
+            row = files.create(
+                session,
+                file_id=file_id,
+                project_id=caller.project_id,
+                filename=filename,
+                purpose=purpose,
+                size_bytes=stored.bytes,
+                sha256=stored.sha256,
+                status=status,
+                format=summary.format if summary else None,
+                rows=summary.rows if summary else None,
+            )
+    except BaseException:
+        storage.delete_file(settings, file_id)  # no row will ever name it
+        raise
+    if status == FileStatus.UPLOADED:
+        outbox.files_wait()
+    return FileObject.of(row)
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    while chunk := stream.read(storage.COPY_CHUNK_BYTES):
+        yield chunk
+
+
+@router.get("")
+def list_files(
+    caller: Caller,
+    purpose: str | None = None,
+    limit: Limit = 100,
+    after: After = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[FileObject]:
+    query = select(File).where(File.project_id == caller.project_id)
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    with reading() as session:
+        rows, more = page(session, query, File, after=after, limit=limit, ascending=order == "asc")
+    data = [FileObject.of(row) for row in rows]
+    return Page(data=data, has_more=more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, caller: Caller) -> FileObject:
+    with reading() as session:
+        return FileObject.of(files.get(session, caller.project_id, file_id))
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> FileResponse:
+    with reading() as session:
+        row = files.get(session, caller.project_id, file_id)
+    path = storage.file_path(settings, row.id)
+    if not path.is_file():
+        log.error("file %s has a row and no bytes", row.id)
+        raise NotFound(f"the bytes of file {row.id} are missing from storage; delete it and upload it again")
+    return FileResponse(path, media_type="application/octet-stream", filename=row.filename)
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
+    with transaction() as session:
+        files.delete(session, caller.project_id, file_id)
+    storage.delete_file(settings, file_id)
+    return Deleted(id=file_id, object="file")

@@ -1,0 +1,93 @@
+"""/v1/fine_tuning/jobs: create, list, retrieve, cancel, checkpoints, metrics. Events are in `api.job_events`."""
+
+import csv
+import io
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from sqlalchemy import select
+
+from api.deps import Caller, OutboxDep
+from api.paging import After, Limit, page
+from shared import checkpoints, jobs, model_registry
+from shared.db import reading, transaction
+from shared.errors import BadRequest
+from shared.models import Job, JobStatus, Metric
+from shared.schemas import FineTuningJob, JobCheckpoint, JobCreate, Page
+
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+
+
+@router.post("")
+def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep) -> FineTuningJob:
+    """Store the job, then let the worker know."""
+    with transaction() as session:
+        job = jobs.submit(session, caller.project_id, request)
+    if job.status == JobStatus.QUEUED:
+        outbox.training_waits()  # after commit: the worker must find the row
+    return FineTuningJob.of(job)
+
+
+@router.get("")
+def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After = None) -> Page[FineTuningJob]:
+    query = select(Job).where(Job.project_id == caller.project_id)
+    for key, value in request.query_params.multi_items():
+        if key.startswith("metadata[") and key.endswith("]"):
+            query = query.where(Job.job_metadata[key[9:-1]].as_string() == value)
+        elif key not in ("limit", "after"):
+            raise BadRequest(f"unknown query parameter {key!r}; use limit, after, metadata[key]=value", param=key)
+    with reading() as session:
+        rows, more = page(session, query, Job, after=after, limit=limit)
+    data = [FineTuningJob.of(job) for job in rows]
+    return Page(data=data, has_more=more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+
+
+@router.get("/{job_id}")
+def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
+    with reading() as session:
+        return FineTuningJob.of(jobs.get(session, caller.project_id, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, caller: Caller) -> FineTuningJob:
+    """An idle job ends at once; a running one within a micro-batch, and the answer shows `cancel_requested`."""
+    with transaction() as session:
+        return FineTuningJob.of(jobs.request_cancel(session, caller.project_id, job_id))
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(job_id: str, caller: Caller, limit: Limit = 10, after: After = None) -> Page[JobCheckpoint]:
+    with reading() as session:
+        job = jobs.get(session, caller.project_id, job_id)
+        rows = checkpoints.newest_first(session, job_id)
+        base = model_registry.root_base(session, job)
+    if after is not None:
+        ids = [row.id for row in rows]
+        if after not in ids:
+            raise BadRequest(f"after={after!r} is not the id of a checkpoint of {job_id}", param="after")
+        rows = rows[ids.index(after) + 1 :]
+    data = [JobCheckpoint.of(row, model_registry.tuned_name(job, base)) for row in rows[:limit]]
+    return Page(
+        data=data,
+        has_more=len(rows) > limit,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+    )
+
+
+@router.get("/{job_id}/metrics", response_model=None)
+def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "json") -> dict[str, Any] | Response:
+    """The whole curve, one row a logged step."""
+    with reading() as session:
+        jobs.get(session, caller.project_id, job_id)
+        rows = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)).all()
+    values = [{"step": row.step, **row.values} for row in rows]
+    if format == "json":
+        return {"object": "list", "data": values, "has_more": False}
+    columns = list(dict.fromkeys(key for row in values for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or ["step"])
+    writer.writeheader()
+    writer.writerows(values)
+    return PlainTextResponse(text.getvalue(), media_type="text/csv")

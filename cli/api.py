@@ -1,0 +1,41 @@
+"""`anneal api`: uvicorn around `api.app:create_app`, on the socket `anneal up` opened or one of its own.
+
+The heartbeat is renewed by the event loop itself: a loop that hangs falls silent, whatever its threads still do.
+"""
+
+import uvicorn
+
+from cli.listener import inherited_listener, open_listener
+from shared import logs
+from shared.heartbeat import BEAT_EVERY_S, Heartbeat
+from shared.settings import Settings
+
+OPEN_STREAMS_STOP_S = 5
+"""How long open requests and streams may go on after SIGTERM."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        CannotListen: the address can't be served, with the reason.
+    """
+    logs.configure(settings.log_level)
+    listener = inherited_listener() or open_listener(settings)
+    heartbeat = Heartbeat(settings, "api", every_s=None)
+
+    async def beat() -> None:
+        heartbeat.beat()
+
+    config = uvicorn.Config(
+        "api.app:create_app",  # by name: the command must not import fastapi to print its help
+        factory=True,
+        log_config=None,
+        log_level=settings.log_level,
+        server_header=False,
+        callback_notify=beat,
+        timeout_notify=int(BEAT_EVERY_S),
+        timeout_graceful_shutdown=OPEN_STREAMS_STOP_S,
+    )
+    with heartbeat:
+        uvicorn.Server(config).run(sockets=[listener])

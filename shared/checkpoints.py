@@ -1,0 +1,98 @@
+"""Checkpoints as rows: registered by fence once their folder is whole, listed, retired.
+
+The folder is the trainer's work and is published before; a folder that no row names is garbage. Every registered
+checkpoint is a model that can be served by name, so the two rows come and go together.
+"""
+
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from shared import events, jobs, model_registry
+from shared.db import clock
+from shared.ids import new_id
+from shared.models import Checkpoint, Job, Model
+
+
+def register(
+    session: Session,
+    job: Job,
+    fence: int,
+    *,
+    base_model: str,
+    step: int,
+    location: str,
+    manifest_sha256: str,
+    resumable: bool,
+    tokens: int,
+    metrics: dict[str, Any],
+) -> str | None:
+    """Make a published checkpoint known and servable. It counts as progress: the job's crash budget is full again.
+
+    Returns the location it replaces, if an earlier attempt had published the same step; the caller deletes it.
+
+    Raises:
+        LeaseLost: the claim is over; the folder stays garbage.
+    """
+    job = jobs.owned(session, job.id, fence, attempts=0, trained_tokens=tokens)
+    replaced = session.scalar(
+        delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step).returning(Checkpoint.location)
+    )
+    name = model_registry.checkpoint_name(model_registry.tuned_name(job, base_model), step)
+    created = clock(session)
+    session.add(
+        Checkpoint(
+            id=new_id("ftckpt"),
+            job_id=job.id,
+            project_id=job.project_id,
+            step=step,
+            fence=fence,
+            location=location,
+            manifest_sha256=manifest_sha256,
+            resumable=resumable,
+            tokens=tokens,
+            metrics=metrics,
+            created_at=created,
+        )
+    )
+    session.merge(_model(job, name, "checkpoint", base_model, location, created))
+    events.append(
+        session, job, f"Checkpoint created at step {step}: {name}", data={"step": step, "model": name, "tokens": tokens}
+    )
+    return None if replaced == location else replaced
+
+
+def publish_tuned(session: Session, job: Job, *, base_model: str, location: str) -> str:
+    """Give the final checkpoint the job's own model name. Returns the name."""
+    name = model_registry.tuned_name(job, base_model)
+    session.merge(_model(job, name, "tuned", base_model, location, clock(session)))
+    return name
+
+
+def _model(job: Job, name: str, kind: str, base_model: str, location: str, created: float) -> Model:
+    return Model(
+        id=name,
+        project_id=job.project_id,
+        kind=kind,
+        job_id=job.id,
+        base_model=base_model,
+        location=location,
+        owned_by=job.project_id,
+        source=job.model_source,
+        created_at=created,
+    )
+
+
+def newest_first(session: Session, job_id: str) -> list[Checkpoint]:
+    return list(session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc())))
+
+
+def retire(session: Session, job: Job, base_model: str, keep: int) -> list[str]:
+    """Forget all but the newest `keep` checkpoints. Returns the folders to delete once this is committed."""
+    old = newest_first(session, job.id)[keep:]
+    tuned = model_registry.tuned_name(job, base_model)
+    for checkpoint in old:
+        session.execute(delete(Model).where(Model.id == model_registry.checkpoint_name(tuned, checkpoint.step)))
+        session.delete(checkpoint)
+    return [checkpoint.location for checkpoint in old]

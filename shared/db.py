@@ -1,0 +1,132 @@
+"""The engine and the transaction: one sync data layer for SQLite and PostgreSQL.
+
+`transaction()` for anything that writes, `reading()` for anything that doesn't; the block's shape is the
+transaction's. No I/O of any other kind happens inside one: a process stopped inside a SQLite transaction locks
+everybody out.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Float, create_engine, event, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from shared.settings import get_settings
+
+SQLITE_SAFE_WAL = (3, 51, 3)
+"""SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
+SQLITE_BUSY_TIMEOUT_S = 20
+
+
+class now(FunctionElement[float]):
+    """The database's clock: seconds since 1970, as a double. Leases compare with this one, never with a host's."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"  # 3.40 has no unixepoch('subsec')
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())::float8"
+
+
+def make_engine(url: str) -> Engine:
+    """An engine with this project's rules on it.
+
+    PostgreSQL: connections are probed before use, statements wait 10 s for a lock at most. SQLite: one host only;
+    the journal is chosen by version, writers queue in `BEGIN IMMEDIATE`.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(
+            url,
+            pool_pre_ping=True,
+            pool_size=20,
+            max_overflow=30,
+            connect_args={
+                "connect_timeout": 5,
+                "options": "-c lock_timeout=10s -c statement_timeout=30s -c idle_in_transaction_session_timeout=60s",
+            },
+        )
+    if parsed.database and parsed.database != ":memory:":
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_size=20, max_overflow=30)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is in _begin_sqlite
+    wal = sqlite3.sqlite_version_info >= SQLITE_SAFE_WAL
+    connection.execute(f"PRAGMA journal_mode={'WAL' if wal else 'DELETE'}")
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # Immediate, or two readers that both turn into writers would deadlock and one fail at once.
+    reading_only = connection.get_execution_options().get("reading", False)
+    connection.exec_driver_sql("BEGIN" if reading_only else "BEGIN IMMEDIATE")
+
+
+@lru_cache(maxsize=1)
+def get_engine() -> Engine:
+    """This process's engine. Made after a fork, never before: connections don't survive one."""
+    return make_engine(get_settings().resolved_database_url)
+
+
+@lru_cache(maxsize=1)
+def _sessions() -> sessionmaker[Session]:
+    return sessionmaker(get_engine(), expire_on_commit=False)
+
+
+@lru_cache(maxsize=1)
+def _reading_sessions() -> sessionmaker[Session]:
+    return sessionmaker(get_engine().execution_options(reading=True), expire_on_commit=False)
+
+
+@contextmanager
+def transaction() -> Iterator[Session]:
+    """A session that commits when the block ends and rolls back when it raises."""
+    with _sessions().begin() as session:
+        yield session
+
+
+@contextmanager
+def reading() -> Iterator[Session]:
+    """A session for reading: on SQLite it takes no write lock."""
+    with _reading_sessions()() as session:
+        yield session
+
+
+def clock(session: Session) -> float:
+    """Seconds since 1970 by the database's clock."""
+    return float(session.execute(select(now())).scalar_one())
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether the database was out of reach (wait and try again), as against refusing the statement."""
+    return isinstance(error, OperationalError)
+
+
+def reset() -> None:
+    """Forget the engine: after a fork, and between tests."""
+    if get_engine.cache_info().currsize:
+        get_engine().dispose(close=False)
+    for cached in (get_engine, _sessions, _reading_sessions):
+        cached.cache_clear()

@@ -1,0 +1,108 @@
+"""A job's events: the record in the database, and the live stream that follows it.
+
+`append` numbers events by a counter on the job's row, in the transaction that makes them true. `publish`, after the
+commit, copies them to a Redis Stream whose entry ids *are* those numbers, so that a reader who holds number n asks
+for what comes after n and sees at once if something is missing; then the database has it. The stream may be lost,
+late or absent: it only makes things faster.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from shared.db import clock
+from shared.ids import new_id
+from shared.models import Event, Job
+
+STREAM_LENGTH = 1000
+STREAM_TTL_S = 3600
+RETRY_AFTER_S = 5.0
+
+
+def stream_key(job_id: str) -> str:
+    return f"anneal:events:{job_id}"
+
+
+def append(
+    session: Session,
+    job: Job,
+    message: str,
+    *,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+) -> Event:
+    """Add one event to a job, numbered one past its last. Commits with the caller's transaction."""
+    sequence = session.scalar(
+        update(Job).where(Job.id == job.id).values(last_event=Job.last_event + 1).returning(Job.last_event),
+        execution_options={"synchronize_session": False},
+    )
+    assert sequence is not None, "the caller holds the job's row"
+    event = Event(
+        id=new_id("ftevent"),
+        job_id=job.id,
+        project_id=job.project_id,
+        sequence=sequence,
+        created_at=clock(session),
+        level=level,
+        type=type,
+        message=message[:4000],
+        data=data,
+    )
+    session.add(event)
+    session.info.setdefault("events", []).append(event)
+    return event
+
+
+def written(session: Session) -> list[Event]:
+    """The events this transaction has appended, for `Publisher.publish` once it has committed."""
+    return list(session.info.get("events", []))
+
+
+def read_after(session: Session, job_id: str, sequence: int, limit: int = 500) -> list[Event]:
+    """Events past number `sequence`, oldest first."""
+    return list(
+        session.scalars(
+            select(Event).where(Event.job_id == job_id, Event.sequence > sequence).order_by(Event.sequence).limit(limit)
+        )
+    )
+
+
+def shown(event: Event) -> dict[str, Any]:
+    """OpenAI's `fine_tuning.job.event`."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": int(event.created_at),
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data or {},
+    }
+
+
+class Publisher:
+    """Copies committed events to the live stream. A broker out of reach costs one timeout every 5 s, nothing else."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._silent_until = 0.0
+
+    def publish(self, events: Sequence[Event]) -> None:
+        if not events or time.monotonic() < self._silent_until:
+            return
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                for event in events:
+                    key = stream_key(event.job_id)
+                    body = json.dumps(shown(event), allow_nan=False)
+                    pipe.xadd(key, {"event": body}, id=f"{event.sequence}-0", maxlen=STREAM_LENGTH, approximate=True)
+                    pipe.expire(key, STREAM_TTL_S)
+                pipe.execute(raise_on_error=False)  # an entry id that is not the newest is refused: already there
+        except redis.RedisError:
+            self._silent_until = time.monotonic() + RETRY_AFTER_S

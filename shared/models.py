@@ -1,0 +1,196 @@
+"""The tables. State changes are verbs in `jobs.py`, `files.py`, `checkpoints.py`; nothing else writes a status.
+
+Times are seconds since 1970 by the database's clock, as doubles. Every row belongs to a project.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+DEFAULT_PROJECT = "default"
+
+
+class FileStatus(StrEnum):
+    """What is known of a file.
+
+    uploaded: in by an upload too large to check at once; out by `worker batch`. A crash leaves it, the sweep re-sends.
+    processed, error: settled, never left.
+    """
+
+    UPLOADED = "uploaded"
+    PROCESSED = "processed"
+    ERROR = "error"
+
+
+class JobStatus(StrEnum):
+    """OpenAI's words; the diagram is in `shared.jobs`.
+
+    validating_files: in by creation while a file is unchecked; out by whoever settles the file.
+    queued: in by creation, or by a run that was given up (lease expired, deploy, a crash with attempts left); out by
+        a claim. A crash leaves it: the sweep re-sends the hint.
+    running: in by a claim only; out by the owner of the fence, or by the sweep once the lease has expired.
+    paused: reserved; nothing moves a job in yet.
+    succeeded, failed, cancelled: absorbing.
+    """
+
+    VALIDATING_FILES = "validating_files"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON, float: Float(53), int: BigInteger}  # noqa: RUF012
+
+
+class File(Base):
+    """A file a client uploaded, or a result. Its bytes are `files/<id>` in storage, there before the row is."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int]
+    sha256: Mapped[str] = mapped_column(String(64))
+    status: Mapped[FileStatus] = mapped_column(String(16))
+    status_details: Mapped[str | None] = mapped_column(Text)
+    format: Mapped[str | None] = mapped_column(String(16))
+    rows: Mapped[int | None]
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("files_by_project", "project_id", "created_at", "id"), Index("files_by_status", "status"))
+
+
+class Job(Base):
+    """A fine-tuning job: what was asked, what was resolved, who runs it, how far it is."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    status: Mapped[JobStatus] = mapped_column(String(32))
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    updated_at: Mapped[float]
+
+    model: Mapped[str] = mapped_column(String(256))
+    """Name as the client sent it, aliases resolved."""
+    model_location: Mapped[str] = mapped_column(String(512))
+    model_source: Mapped[str | None] = mapped_column(String(64))
+    """Where base weights really came from: folder, cache, hub, package; `checkpoint` for a tuned model."""
+    model_revision: Mapped[str | None] = mapped_column(String(128))
+    training_file: Mapped[str] = mapped_column(String(64))
+    validation_file: Mapped[str | None] = mapped_column(String(64))
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int]
+    job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    hyperparameters: Mapped[dict[str, Any]]
+    """OpenAI's three, as sent; shown as numbers once resolved."""
+    method: Mapped[dict[str, Any] | None]
+    training: Mapped[dict[str, Any]]
+    """`TrainingSpec` as sent."""
+    resolved: Mapped[dict[str, Any] | None]
+    """`Resolved`, from the trainer."""
+
+    fence: Mapped[int] = mapped_column(default=0)
+    """Number of claims so far; a write by an older claim matches no row."""
+    lease_until: Mapped[float | None]
+    worker: Mapped[str | None] = mapped_column(String(256))
+    cancel_requested_at: Mapped[float | None]
+    attempts: Mapped[int] = mapped_column(default=0)
+    """Attempts in a row without a new checkpoint."""
+    last_event: Mapped[int] = mapped_column(default=0)
+    """Number of the newest event; counts up in the transaction that writes it."""
+
+    current_step: Mapped[int | None]
+    total_steps: Mapped[int | None]
+    estimated_finish: Mapped[float | None]
+    trained_tokens: Mapped[int | None]
+    fine_tuned_model: Mapped[str | None] = mapped_column(String(256))
+    result_files: Mapped[list[str]] = mapped_column(default=list)
+    error: Mapped[dict[str, Any] | None]
+
+    __table_args__ = (
+        Index("jobs_by_project", "project_id", "created_at", "id"),
+        Index("jobs_by_status", "status", "created_at", "id"),
+    )
+
+
+class Event(Base):
+    """What happened to a job, numbered without gaps from 1."""
+
+    __tablename__ = "events"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    project_id: Mapped[str] = mapped_column(String(64))
+    sequence: Mapped[int]
+    created_at: Mapped[float]
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(8))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None]
+
+    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+
+
+class Metric(Base):
+    """One step of a job's curve. A step that is trained again after a resume overwrites its row."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    project_id: Mapped[str] = mapped_column(String(64))
+    values: Mapped[dict[str, Any]]
+
+
+class Checkpoint(Base):
+    """A published checkpoint. The row is written after its folder is whole; a folder without a row is garbage."""
+
+    __tablename__ = "checkpoints"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    project_id: Mapped[str] = mapped_column(String(64))
+    step: Mapped[int] = mapped_column(Integer)
+    fence: Mapped[int]
+    location: Mapped[str] = mapped_column(String(512))
+    """Folder relative to storage: `checkpoints/<job>/<fence>/<step>`."""
+    manifest_sha256: Mapped[str] = mapped_column(String(64))
+    resumable: Mapped[bool]
+    tokens: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+
+class Model(Base):
+    """A tuned model or one of its checkpoints, served by name. Base models are in settings, not here."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    """`tuned`, or `checkpoint` of one."""
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    base_model: Mapped[str] = mapped_column(String(256))
+    location: Mapped[str] = mapped_column(String(512))
+    owned_by: Mapped[str] = mapped_column(String(64))
+    source: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("models_by_project", "project_id", "created_at"),)

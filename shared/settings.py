@@ -1,0 +1,127 @@
+"""The operator's choices: environment variables, read once, frozen.
+
+Everything here is named `ANNEAL_<FIELD>`; what a *client* may choose about a run is `shared.training_spec`.
+Secrets are read here and never logged.
+"""
+
+import hashlib
+import os
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+BYTES_PER_GIB = 2**30
+MAX_SOCKET_PATH_BYTES = 100
+"""The kernel takes 107 bytes of path for a unix socket."""
+
+
+class Settings(BaseSettings):
+    """One frozen object for a process. Units are in the names: `_s` seconds, `_bytes` bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="ANNEAL_", frozen=True, extra="ignore")
+
+    data: Path = Path("anneal-data")
+    """Folder of everything this host keeps: database, storage, working folders, logs. Made absolute."""
+    host: str = "127.0.0.1"
+    """Address the API binds. Anything but loopback demands `api_key`."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port the API binds; 0 picks a free one."""
+    api_key: str | None = Field(default=None, repr=False)
+    """The one bearer token of the project `default`. Unset: loopback only, no authentication."""
+    database_url: str | None = None
+    """SQLAlchemy URL. Unset: SQLite in `data`. PostgreSQL: `postgresql+psycopg://…`."""
+    redis_url: str | None = Field(default=None, repr=False)
+    """Redis or Valkey. Unset: `anneal up` embeds a Valkey on a unix socket in `data`."""
+    storage_url: str | None = None
+    """Folder of files, checkpoints and models. Unset: `data`/storage. All nodes must see the same one."""
+    models_dir: Path | None = None
+    """The operator's own base models: `models_dir/<owner>/<name>/` with config.json and safetensors."""
+    base_models: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
+    """Hub ids that jobs may name as a base, beside what `models_dir` holds. JSON list in the environment."""
+    hub_offline: bool = False
+    """Never ask the Hugging Face hub; use only local folders, its cache and packaged weights."""
+
+    lease_s: float = Field(default=60, gt=0)
+    """How long a claimed run belongs to its worker without a renewal."""
+    heartbeat_s: float = Field(default=15, gt=0)
+    """How often the lease is renewed."""
+    poll_s: float = Field(default=1, gt=0)
+    """How often a supervisor looks for a cancel request, and the sweep for stale rows (five times this)."""
+    trainer_stop_s: float = Field(default=10, gt=0)
+    """Between SIGTERM and SIGKILL of a trainer asked to cancel."""
+    deploy_stop_s: float = Field(default=60, gt=0)
+    """How long a trainer may take to save a checkpoint when its worker is shut down."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Trainer deaths without a new checkpoint before the job fails."""
+
+    max_upload_bytes: int = 512 * 2**20
+    """Largest file accepted."""
+    inline_validation_bytes: int = 4 * 2**20
+    """Uploads up to this size are validated before the answer; larger ones by `worker batch`."""
+
+    engine: Literal["auto", "transformers"] = "auto"
+    """What generates. `auto` is `transformers` for now."""
+    generation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format models are served in. `auto`: bfloat16 where the hardware computes in it."""
+    generation_memory_bytes: int = Field(default=4 * BYTES_PER_GIB, gt=0)
+    """Budget of loaded models with their key-value caches; past it the least recently used is evicted."""
+    generation_slots: int = Field(default=8, ge=1)
+    """Requests decoded at once by one generator."""
+    generation_deadline_s: float = Field(default=600, gt=0)
+    """A request older than this is answered with an error."""
+    generation_queue: int = Field(default=256, ge=1)
+    """Requests that may wait; one more is answered 429."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("data", "models_dir")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @cached_property
+    def resolved_database_url(self) -> str:
+        """The database to use, the SQLite default filled in."""
+        return self.database_url or f"sqlite:///{self.data / 'anneal.db'}"
+
+    @cached_property
+    def resolved_redis_url(self) -> str:
+        """The broker to use; by default the embedded one's socket."""
+        return self.redis_url or f"unix://{self.valkey_socket}"
+
+    @cached_property
+    def storage_root(self) -> Path:
+        """Absolute folder behind `storage_url`.
+
+        Raises:
+            ValueError: the URL names something else than a folder.
+        """
+        url = self.storage_url
+        if url is None:
+            return self.data / "storage"
+        if "://" in url and not url.startswith("file://"):
+            raise ValueError(f"ANNEAL_STORAGE_URL={url!r} is not a folder; object stores are not supported yet")
+        return Path(url.removeprefix("file://")).expanduser().absolute()
+
+    @cached_property
+    def valkey_socket(self) -> Path:
+        """Unix socket of the embedded Valkey: in `data`, or in a private folder under /tmp if that path is too long."""
+        path = self.data / "valkey" / "valkey.sock"
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+            return path
+        name = hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16]
+        return Path("/tmp") / f"anneal-{os.getuid()}-{name}" / "valkey.sock"  # noqa: S108 - cli.valkey makes it ours, 0700
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Heartbeats, locks, process logs and working folders of this host. Never the only copy of anything."""
+        return self.data / "run"
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """This process's settings, read from the environment on first use."""
+    return Settings()

@@ -1,0 +1,156 @@
+"""What a client may choose about a run (`training` on job creation), and what the trainer is told.
+
+`TrainingSpec` is stored with the job as it was asked for; the trainer resolves every `"auto"` against the data and
+the hardware and reports the result, which the job then shows. Operators' choices are `shared.settings`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[StrictInt, Field(ge=1)]
+
+TUTORIAL_MAX_STEPS = 60
+"""Steps of a run whose client names neither `max_steps` nor `n_epochs`."""
+BASE_LEARNING_RATE = 2e-4
+"""What `learning_rate_multiplier` multiplies, and the rate when nothing is said."""
+QUANTIZED_FULL = (
+    "4-bit or 8-bit weights can't be fully fine-tuned: their values have no gradient. Full fine-tuning keeps 32-bit "
+    "master weights with an 8-bit optimizer (`optimizer: adamw_8bit`, the default) for a similar saving; training "
+    "on 4-bit weights is QLoRA, an adapter method. Remove this key to fine-tune all parameters."
+)
+
+
+class TrainingSpec(BaseModel):
+    """The choices of one run. Defaults are the tutorial's; `"auto"` becomes a concrete value the job shows."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    method: Literal["full"] = "full"
+    """Every parameter is trained."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. None: from `n_epochs`, or 60 if that is not given either."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Auto = "auto"
+    """Peak learning rate. `auto`: 2e-4 times `learning_rate_multiplier`."""
+    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 5
+    """Steps of linear warm-up."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    batch_size: PositiveInt | Auto = "auto"
+    """Conversations per optimizer step (rows, with `packing: rows`). `auto`: 8."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Conversations per forward pass; changes speed and memory, not gradients. `auto`: 2."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given."""
+    max_seq_length: Annotated[StrictInt, Field(ge=32, le=131072)] = 2048
+    """Tokens; longer conversations are cut and the job says how many."""
+    packing: Literal["none", "rows"] = "none"
+    """`rows`: several conversations share a row of `max_seq_length` (512 on CPU), each attending to itself only."""
+    logging_steps: PositiveInt = 1
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What matrix products compute in. `auto`: bf16 where the hardware has it, else fp16 on GPU and fp32 on CPU."""
+    master_weights: Literal["fp32", "bf16"] = "fp32"
+    """What weights are kept in between steps. bf16 loses updates below a learning rate of about 1e-4."""
+    optimizer: Literal["adamw_8bit", "adamw"] = "adamw_8bit"
+    """`adamw_8bit` keeps 8-bit moments on GPU; CPU runs use 32-bit moments for either."""
+    gradient_checkpointing: Literal["auto", "unsloth"] | StrictBool = "auto"
+    """Recompute activations instead of keeping them. `auto`: "unsloth" on GPU, off on CPU."""
+    chat_template: Literal["auto", "chatml", "alpaca", "llama3"] = "auto"
+    """How conversations become text. `auto`: the base model's own."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens the loss is taken over."""
+    eval_steps: PositiveInt | Auto = "auto"
+    """Evaluate on `validation_file` this often. `auto`: at every checkpoint."""
+    save_steps: PositiveInt | Auto = "auto"
+    """Publish a checkpoint this often, and at the end. `auto`: a third of the run, at least every 500 steps."""
+    keep_checkpoints: Annotated[StrictInt, Field(ge=1, le=100)] = 3
+    """Newest checkpoints kept; the last one is the model."""
+    load_in_4bit: StrictBool = False
+    """Accepted only as false, so that recipes that spell it out run unchanged."""
+    load_in_8bit: StrictBool = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        micro, accumulation, batch = self.micro_batch_size, self.gradient_accumulation_steps, self.batch_size
+        if accumulation is not None and micro != "auto" and batch != "auto" and micro * accumulation != batch:
+            raise ValueError(
+                f"batch_size={batch} differs from micro_batch_size x gradient_accumulation_steps = "
+                f"{micro} x {accumulation} = {micro * accumulation}; send two of the three"
+            )
+        if batch != "auto" and accumulation is not None and micro == "auto" and batch % accumulation:
+            raise ValueError(f"batch_size={batch} can't be divided by gradient_accumulation_steps={accumulation}")
+        if batch != "auto" and micro != "auto" and batch % micro:
+            raise ValueError(f"batch_size={batch} can't be divided by micro_batch_size={micro}")
+        return self
+
+    def resolved_batch(self) -> tuple[int, int, int]:
+        """(batch_size, micro_batch_size, gradient_accumulation_steps), the product of the last two being the first."""
+        batch, micro, accumulation = self.batch_size, self.micro_batch_size, self.gradient_accumulation_steps
+        if batch == "auto":
+            if accumulation is None:
+                batch = 8 if micro == "auto" or 8 % micro == 0 else micro
+            else:
+                batch = accumulation * (2 if micro == "auto" else micro)
+        if micro == "auto":
+            micro = batch // accumulation if accumulation is not None else (2 if batch % 2 == 0 else 1)
+        return batch, micro, batch // micro
+
+
+class TrainerSpec(BaseModel):
+    """What `python -m worker.training` reads from standard input: one JSON object, paths absolute.
+
+    Only folders named here are touched. The trainer knows no database, broker or network.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    job_id: str
+    fence: int = 1
+    """Claim number; goes into every checkpoint's manifest."""
+    base_model: str
+    """Name of what is fine-tuned, for the record."""
+    base_model_dir: str
+    """Its folder: config.json, model.safetensors, tokenizer files."""
+    training_file: str
+    validation_file: str | None = None
+    checkpoint_dir: str
+    """Checkpoints appear here as `<step>/`, each whole or not at all."""
+    work_dir: str
+    """Private scratch folder: compile caches, temporary files."""
+    resume_from: str | None = None
+    """A checkpoint folder to go on from, verified by the caller."""
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    n_epochs: float | Literal["auto"] = "auto"
+    learning_rate_multiplier: float | Literal["auto"] = "auto"
+    seed: int = 3407
+
+
+class Resolved(BaseModel):
+    """Every choice of a run as it is really made; shown on the job under `anneal.training`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+    max_steps: int
+    n_epochs: float
+    """Passes over the training rows that `max_steps` amounts to."""
+    learning_rate: float
+    learning_rate_multiplier: float
+    batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int
+    precision: str
+    master_weights: str
+    optimizer: str
+    gradient_checkpointing: str | bool
+    chat_template: str
+    packing: str
+    eval_steps: int | None
+    save_steps: int
+
+    def shown(self) -> dict[str, Any]:
+        return self.model_dump()

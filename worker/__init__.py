@@ -1,0 +1,1 @@
+"""GPU-side processes: claiming and supervising jobs, training, generating, sweeping. Never imports `api`."""

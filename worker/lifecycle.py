@@ -1,0 +1,45 @@
+"""Living and dying of worker processes: nobody outlives a parent, and a shutdown reaches whoever runs a trainer.
+
+Celery's main process gets the operator's SIGTERM; the trainer's supervisor lives in a pool child that Celery leaves
+alone until its task ends. `shutdown` is a pipe made before the fork: the main process writes, the child looks.
+"""
+
+import ctypes
+import os
+import select
+import signal
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, and die now if that has already happened.
+
+    The kernel watches the parent's *thread*: children must be started from a thread that lives as long as they do.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Shutdown:
+    """A flag that crosses a fork and wakes a selector. Set once, never cleared."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+
+    def fileno(self) -> int:
+        """Readable from the moment the flag is set."""
+        return self._reader
+
+    def set(self) -> None:
+        os.write(self._writer, b"x")
+
+    def is_set(self) -> bool:
+        return bool(select.select([self._reader], [], [], 0)[0])
+
+
+shutdown = Shutdown()

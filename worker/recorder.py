@@ -1,0 +1,222 @@
+"""What a trainer reports, made rows: metrics, events, checkpoints. Every write goes by the claim's fence.
+
+Messages wait in order until the database takes them; a database that is away delays the record, not the training.
+A step that is trained again after a resume overwrites its metrics and emits nothing new.
+"""
+
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from shared import checkpoints, events, jobs, storage
+from shared.db import clock, transaction
+from shared.models import Event as EventRow
+from shared.models import Job, Metric
+from shared.redis_client import connect
+from shared.settings import Settings
+from shared.trainer_protocol import Checkpoint, Evaluation, Event, Message, Metrics, Started
+from worker.training.checkpoint import CorruptCheckpoint, verify
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 20_000
+"""Messages held while the database is away; beyond it the trainer's pipe fills and it waits too."""
+BATCH = 200
+
+
+class Recorder:
+    """Holds one run's unsaved messages. `flush` is called between reads of the trainer's pipe."""
+
+    def __init__(self, job: Job, base_model: str, keep_checkpoints: int, settings: Settings) -> None:
+        self._job = job
+        self._base_model = base_model
+        self._keep = keep_checkpoints
+        self._settings = settings
+        self._publisher = events.Publisher(connect(settings))
+        self._waiting: deque[Message] = deque()
+        self.final: Checkpoint | None = None
+        """The newest checkpoint registered by this run."""
+
+    @property
+    def full(self) -> bool:
+        return len(self._waiting) >= MAX_WAITING
+
+    @property
+    def empty(self) -> bool:
+        return not self._waiting
+
+    def add(self, message: Message) -> None:
+        self._waiting.append(message)
+
+    def flush(self) -> bool:
+        """Write what waits. Returns whether nothing is left.
+
+        Raises:
+            LeaseLost: the claim is over; nothing of this batch is written.
+        """
+        while self._waiting:
+            batch = self._next_batch()
+            checkpoint = batch[0] if isinstance(batch[0], Checkpoint) else None
+            if checkpoint is not None and not self._is_whole(checkpoint):
+                self._waiting.popleft()
+                continue
+            try:
+                with transaction() as session:
+                    doomed = self._write(session, batch)
+                    written = events.written(session)
+            except OperationalError as error:
+                log.warning("%d messages of %s wait for the database: %s", len(self._waiting), self._job.id, error)
+                return False
+            for _ in batch:
+                self._waiting.popleft()
+            self.final = checkpoint or self.final
+            self._publisher.publish(written)
+            for location in doomed:
+                storage.delete_tree(self._settings, location)
+        return True
+
+    def publish(self, written: list[EventRow]) -> None:
+        self._publisher.publish(written)
+
+    def _next_batch(self) -> list[Message]:
+        """A checkpoint alone (it is verified first, outside of any transaction), or the messages up to the next one."""
+        batch: list[Message] = []
+        for message in self._waiting:
+            if isinstance(message, Checkpoint):
+                return batch or [message]
+            batch.append(message)
+            if len(batch) == BATCH:
+                break
+        return batch
+
+    def _is_whole(self, message: Checkpoint) -> bool:
+        try:
+            verify(Path(message.path))
+        except CorruptCheckpoint as error:
+            log.error("checkpoint of %s not registered: %s", self._job.id, error)
+            return False
+        return True
+
+    def _write(self, session: Session, batch: list[Message]) -> list[str]:
+        """One transaction. Returns folders to delete once it has committed."""
+        fence = self._job.fence
+        doomed: list[str] = []
+        job = jobs.owned(session, self._job.id, fence)
+        for message in batch:
+            match message:
+                case Started():
+                    self._started(session, job, message)
+                case Event():
+                    events.append(session, job, message.message, level=message.level, data=message.data)
+                case Metrics():
+                    _metrics(session, job, message)
+                case Evaluation():
+                    _evaluation(session, job, message)
+                case Checkpoint():
+                    doomed += self._checkpoint(session, job, message)
+                case _:
+                    raise AssertionError(f"{message.type} settles a run, it is not recorded")
+        latest = next((m for m in reversed(batch) if isinstance(m, Metrics)), None)
+        if latest is not None:
+            finish = clock(session) + latest.remaining_s
+            jobs.owned(
+                session,
+                job.id,
+                fence,
+                current_step=latest.step,
+                total_steps=latest.total_steps,
+                trained_tokens=latest.tokens,
+                estimated_finish=finish,
+            )
+        return doomed
+
+    def _started(self, session: Session, job: Job, message: Started) -> None:
+        jobs.owned(
+            session,
+            job.id,
+            self._job.fence,
+            resolved=message.resolved,
+            total_steps=message.total_steps,
+            current_step=message.first_step - 1,
+        )
+        resumed = f", resumed from step {message.first_step - 1}" if message.first_step > 1 else ""
+        events.append(
+            session,
+            job,
+            f"Fine-tuning job started: {message.total_steps} steps on {message.train_examples} rows, "
+            f"{message.parameters:,} parameters on {message.device}{resumed}",
+            data=message.model_dump(exclude={"type", "resolved"}),
+        )
+
+    def _checkpoint(self, session: Session, job: Job, message: Checkpoint) -> list[str]:
+        row = session.get(Metric, (job.id, message.step))
+        values = row.values if row is not None else {}
+        replaced = checkpoints.register(
+            session,
+            job,
+            self._job.fence,
+            base_model=self._base_model,
+            step=message.step,
+            location=storage.location_of(self._settings, Path(message.path)),
+            manifest_sha256=message.manifest_sha256,
+            resumable=message.resumable,
+            tokens=message.tokens,
+            metrics=_checkpoint_metrics(message.step, values),
+        )
+        session.flush()
+        retired = checkpoints.retire(session, job, self._base_model, self._keep)
+        return retired if replaced is None else [*retired, replaced]
+
+
+def _metrics(session: Session, job: Job, message: Metrics) -> None:
+    values = message.model_dump(exclude={"type", "step"}, exclude_none=True)
+    row = session.get(Metric, (job.id, message.step))
+    if row is not None:
+        row.values = {**row.values, **values}
+        return
+    session.add(Metric(job_id=job.id, step=message.step, project_id=job.project_id, values=values))
+    events.append(
+        session,
+        job,
+        f"Step {message.step}/{message.total_steps}: training loss={message.loss:.4f}",
+        type="metrics",
+        data={"step": message.step, "train_loss": message.loss, **values},
+    )
+
+
+def _evaluation(session: Session, job: Job, message: Evaluation) -> None:
+    values = message.model_dump(exclude={"type", "step"}, exclude_none=True)
+    row = session.get(Metric, (job.id, message.step))
+    if row is None:
+        session.add(Metric(job_id=job.id, step=message.step, project_id=job.project_id, values=values))
+    else:
+        if "eval_loss" in row.values:
+            return
+        row.values = {**row.values, **values}
+    events.append(
+        session,
+        job,
+        f"Step {message.step}: validation loss={message.eval_loss:.4f}",
+        type="metrics",
+        data={
+            "step": message.step,
+            "full_valid_loss": message.eval_loss,
+            "full_valid_mean_token_accuracy": message.eval_mean_token_accuracy,
+        },
+    )
+
+
+def _checkpoint_metrics(step: int, values: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's names for what the step's row holds; names without a value are left out."""
+    named = {
+        "step": step,
+        "train_loss": values.get("loss"),
+        "train_mean_token_accuracy": values.get("mean_token_accuracy"),
+        "full_valid_loss": values.get("eval_loss"),
+        "full_valid_mean_token_accuracy": values.get("eval_mean_token_accuracy"),
+    }
+    return {name: value for name, value in named.items() if value is not None}

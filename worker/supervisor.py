@@ -1,0 +1,271 @@
+"""One claimed run, from claim to settlement: prepare, start the trainer, record what it says, obey, settle.
+
+    claimed ─ prepare ─ trainer runs ─┬─ done ──────────────► succeeded
+                                      ├─ error ─────────────► failed
+                                      ├─ cancel obeyed ─────► cancelled
+                                      ├─ shutdown obeyed ───► queued, resumes from its last checkpoint
+                                      ├─ died ──────────────► queued, or failed after `max_attempts` without progress
+                                      └─ claim lost ────────► nothing: the trainer is stopped, nobody is told
+
+Trains nothing itself and imports no torch. Whatever happens here, the worker lives.
+"""
+
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from shared import checkpoints, events, jobs, model_registry, results, storage
+from shared.db import reading, transaction
+from shared.errors import AppError
+from shared.models import Job
+from shared.settings import Settings
+from shared.trainer_protocol import Done, Failed, Message, Stopped, parse
+from shared.training_spec import TrainerSpec, TrainingSpec
+from worker import base_models, lifecycle
+from worker.lease import LeaseKeeper
+from worker.recorder import Recorder
+from worker.trainer_process import TrainerProcess
+from worker.training.checkpoint import TEMPORARY_PREFIX, CorruptCheckpoint, verify
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+
+
+def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | None = None) -> None:
+    """Run a job that was just claimed and settle it. Never raises for anything the job did.
+
+    Args:
+        trainer_command: what to start instead of `python -m worker.training`.
+    """
+    try:
+        run = _Run(job, settings, trainer_command)
+        with LeaseKeeper(job.id, job.fence, settings) as lease:
+            try:
+                run.execute(lease)
+            except AppError as error:
+                run.settle_failed(error.code, error.message, error.param)
+            except jobs.LeaseLost:
+                raise
+            except Exception as error:
+                log.exception("supervising %s failed", job.id)
+                run.settle_retry(f"The worker failed: {type(error).__name__}: {error}")
+            finally:
+                run.clean_up()
+    except jobs.LeaseLost as error:
+        log.warning("%s; its results are left to the new owner", error)
+    except Exception:
+        log.exception("%s could not be settled; the sweep will take it when its lease runs out", job.id)
+
+
+class _Run:
+    """The state of one supervised attempt."""
+
+    def __init__(self, job: Job, settings: Settings, trainer_command: tuple[str, ...] | None) -> None:
+        self._job = job
+        self._settings = settings
+        self._command = trainer_command
+        with reading() as session:
+            self._base_model = model_registry.root_base(session, job)
+        self._training = TrainingSpec.model_validate(job.training)
+        self._recorder = Recorder(job, self._base_model, self._training.keep_checkpoints, settings)
+        self._work_dir = settings.run_dir / "jobs" / job.id / str(job.fence)
+        self._checkpoint_dir = storage.checkpoint_dir(settings, job.id, job.fence)
+        self._trainer: TrainerProcess | None = None
+
+    def execute(self, lease: LeaseKeeper) -> None:
+        for folder in (self._work_dir, self._checkpoint_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        base_dir = self._resolve_base()
+        resume_from, complete = self._resume_point()
+        if complete:
+            self._succeed()  # the run had ended; only its settlement was lost
+            return
+        if lease.cancel_requested.is_set():
+            self._settle_cancelled()
+            return
+        hyperparameters = self._job.hyperparameters
+        spec = TrainerSpec(
+            job_id=self._job.id,
+            fence=self._job.fence,
+            base_model=self._job.model,
+            base_model_dir=str(base_dir),
+            training_file=str(storage.file_path(self._settings, self._job.training_file)),
+            validation_file=(
+                str(storage.file_path(self._settings, self._job.validation_file)) if self._job.validation_file else None
+            ),
+            checkpoint_dir=str(self._checkpoint_dir),
+            work_dir=str(self._work_dir),
+            resume_from=None if resume_from is None else str(resume_from),
+            training=self._training,
+            n_epochs=hyperparameters.get("n_epochs", "auto"),
+            learning_rate_multiplier=hyperparameters.get("learning_rate_multiplier", "auto"),
+            seed=self._job.seed,
+        )
+        self._trainer = TrainerProcess(spec, self._work_dir.parent / f"trainer-{self._job.fence}.log", self._command)
+        log.info("trainer %d started for %s", self._trainer.pid, self._job.id)
+        try:
+            outcome = self._follow(self._trainer, lease)
+            self._trainer.kill()
+            self._settle(outcome, lease)
+        finally:
+            self._trainer.close()
+
+    def _resolve_base(self) -> Path:
+        """The folder of what is fine-tuned; where base weights came from is told on the job."""
+        location = self._job.model_location
+        if not location.startswith(model_registry.BASE_LOCATION):
+            return storage.path_of(self._settings, location)
+        found = base_models.resolve(location.removeprefix(model_registry.BASE_LOCATION), self._settings)
+        with transaction() as session:
+            job = jobs.owned(
+                session, self._job.id, self._job.fence, model_source=found.source, model_revision=found.revision
+            )
+            message = f"Base model {self._job.model}: {found.source}" + (f" ({found.note})" if found.note else "")
+            data = {"source": found.source, "revision": found.revision}
+            events.append(session, job, message, level="warn" if found.note else "info", data=data)
+            written = events.written(session)
+        self._recorder.publish(written)
+        return found.path
+
+    def _resume_point(self) -> tuple[Path | None, bool]:
+        """(newest whole checkpoint that can be resumed, whether the run was already complete)."""
+        with reading() as session:
+            rows = checkpoints.newest_first(session, self._job.id)
+        for row in rows:
+            path = storage.path_of(self._settings, row.location)
+            try:
+                verify(path)
+            except (CorruptCheckpoint, OSError) as error:
+                log.error("checkpoint %s is not used: %s", row.location, error)
+                continue
+            if row.step == self._job.total_steps:
+                return None, True
+            if row.resumable:
+                return path, False
+        return None, False
+
+    def _follow(self, trainer: TrainerProcess, lease: LeaseKeeper) -> Message | None:
+        """Record messages and pass on orders until the trainer is gone. Returns its last word, None if it had none."""
+        verdict: Message | None = None
+        deadline: float | None = None
+        trainer.watch(lifecycle.shutdown.fileno())
+        watching = True
+        while trainer.exit_status() is None:
+            lines = trainer.read_lines(TICK_S) if not self._recorder.full else []
+            verdict = self._take(lines) or verdict
+            self._recorder.flush()
+            if lease.lost.is_set():
+                raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
+            if deadline is None and lease.cancel_requested.is_set():
+                trainer.send(signal.SIGUSR1)
+                deadline = time.monotonic() + self._settings.trainer_stop_s
+            if watching and lifecycle.shutdown.is_set():
+                trainer.unwatch(lifecycle.shutdown.fileno())  # it stays readable; do not spin on it
+                watching = False
+                if deadline is None:
+                    trainer.send(signal.SIGTERM)
+                    deadline = time.monotonic() + self._settings.deploy_stop_s
+            if deadline is not None and time.monotonic() > deadline:
+                log.warning("trainer of %s did not stop in time; killing it", self._job.id)
+                trainer.kill()
+        if watching:
+            trainer.unwatch(lifecycle.shutdown.fileno())
+        verdict = self._take(trainer.drain()) or verdict
+        while not self._recorder.flush():  # the database is away; the run's end waits for it
+            if lease.lost.wait(1):
+                raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
+        return verdict
+
+    def _take(self, lines: list[bytes]) -> Message | None:
+        """Queue messages for the record; the ones that end a run are returned instead."""
+        verdict: Message | None = None
+        for line in lines:
+            try:
+                message = parse(line)
+            except ValueError:
+                log.warning("trainer of %s wrote no message: %r", self._job.id, line[:200])
+                continue
+            if isinstance(message, Done | Stopped | Failed):
+                verdict = message
+            else:
+                self._recorder.add(message)
+        return verdict
+
+    def _settle(self, verdict: Message | None, lease: LeaseKeeper) -> None:
+        match verdict:
+            case Done():
+                self._succeed()
+            case Failed():
+                self.settle_failed(verdict.code, verdict.message, verdict.param)
+            case _ if lease.cancel_requested.is_set():
+                self._settle_cancelled()
+            case _ if lifecycle.shutdown.is_set():
+                reason = "its worker was shut down"
+                self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
+            case _:
+                self.settle_retry(self._obituary())
+
+    def _obituary(self) -> str:
+        assert self._trainer is not None
+        status = self._trainer.exit_status()
+        if status is not None and status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+        else:
+            how = f"exited with {status}"
+        last = self._trainer.last_output()
+        return f"The trainer {how}" + (f". Its last output: {last}" if last else "")
+
+    def _succeed(self) -> None:
+        """The newest checkpoint is the model; its loss curve becomes the result file."""
+        curve = results.write_curve(self._settings, self._job)
+
+        def change(session: Session) -> None:
+            job = jobs.owned(session, self._job.id, self._job.fence)
+            newest = checkpoints.newest_first(session, job.id)[0]
+            name = checkpoints.publish_tuned(session, job, base_model=self._base_model, location=newest.location)
+            results.register(session, job, curve)
+            values = {"fine_tuned_model": name, "trained_tokens": newest.tokens, "result_files": [curve.file_id]}
+            jobs.succeed(session, job.id, self._job.fence, **values)
+
+        try:
+            self._write(change)
+        except BaseException:
+            storage.delete_file(self._settings, curve.file_id)
+            raise
+
+    def _settle_cancelled(self) -> None:
+        self._write(lambda session: jobs.settle_cancelled(session, self._job.id, self._job.fence))
+
+    def settle_failed(self, code: str, message: str, param: str | None) -> None:
+        self._write(lambda session: jobs.fail(session, self._job.id, self._job.fence, code, message, param))
+
+    def settle_retry(self, reason: str) -> None:
+        most = self._settings.max_attempts
+        self._write(lambda session: jobs.retry_or_fail(session, self._job.id, self._job.fence, reason, most))
+
+    def _write(self, change: Callable[[Session], object]) -> None:
+        """One settling transaction, tried until the database takes it or the claim is lost."""
+        while True:
+            try:
+                with transaction() as session:
+                    change(session)
+                    written = events.written(session)
+            except OperationalError as error:
+                log.warning("%s not settled yet: %s", self._job.id, error)
+                time.sleep(1)
+            else:
+                self._recorder.publish(written)
+                return
+
+    def clean_up(self) -> None:
+        """Remove the scratch folder and half-written checkpoints; the trainer's log stays."""
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+        for leftover in self._checkpoint_dir.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""The tasks, thin: claim, work, settle. All are safe to deliver twice, or never."""
+
+import logging
+import os
+import socket
+
+from shared import files, jobs, storage, training_data
+from shared.db import reading, transaction
+from shared.queue import TRAIN, VALIDATE_FILES
+from shared.settings import get_settings
+from worker import lifecycle, supervisor
+from worker.app import celery_app
+
+log = logging.getLogger(__name__)
+
+
+@celery_app.task(name=TRAIN, ignore_result=True)
+def train() -> None:
+    """Claim the next job, supervise it, settle it; again while any waits. A second delivery finds nothing to claim."""
+    settings = get_settings()
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    while not lifecycle.shutdown.is_set():
+        with transaction() as session:
+            job = jobs.claim_next(session, worker, settings.lease_s)
+        if job is None:
+            return
+        log.info("claimed %s, claim %d", job.id, job.fence)
+        supervisor.supervise(job, settings)
+
+
+@celery_app.task(name=VALIDATE_FILES, ignore_result=True)
+def validate_files() -> None:
+    """Check every file that was too large to be checked while its sender waited."""
+    settings = get_settings()
+    while not lifecycle.shutdown.is_set():
+        with reading() as session:
+            file = files.next_unchecked(session)
+        if file is None:
+            return
+        try:
+            summary = training_data.validate(storage.file_path(settings, file.id))
+        except training_data.InvalidRow as error:
+            with transaction() as session:
+                files.settle_invalid(session, file.id, error.message)
+        except FileNotFoundError:
+            with transaction() as session:
+                files.settle_invalid(session, file.id, "its bytes are missing from storage; upload it again")
+        else:
+            with transaction() as session:
+                files.settle_valid(session, file.id, summary.format, summary.rows)
+        with reading() as session:
+            waiting = jobs.any_queued(session)
+        if waiting:
+            celery_app.send_task(TRAIN, queue="train", ignore_result=True)

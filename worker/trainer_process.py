@@ -1,0 +1,157 @@
+"""The trainer as a child process: started fresh, heard through two pipes, stopped for certain.
+
+    stdin     the spec, then closed (a secret never stands in an argument or the environment)
+    pipe      protocol lines, `shared.trainer_protocol`
+    stdout,   what libraries print, kept in a capped log file; the last lines explain a death
+    stderr
+
+The child leads a session of its own, so that everything it starts is stopped with it.
+"""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from shared.trainer_protocol import PROTOCOL_FD
+from shared.training_spec import TrainerSpec
+from worker.training.environment import trainer_environment
+
+MAX_LOG_BYTES = 10 * 2**20
+MAX_LINE_BYTES = 2**20
+LAST_LINES = 25
+READ_BYTES = 2**16
+
+
+class TrainerProcess:
+    """One trainer. Start it from the main thread: it dies with the thread that started it."""
+
+    def __init__(self, spec: TrainerSpec, log_path: Path, command: tuple[str, ...] | None = None) -> None:
+        protocol_reader, protocol_writer = os.pipe()
+        log_reader, log_writer = os.pipe()
+        environment = trainer_environment(os.environ)
+        environment[PROTOCOL_FD] = str(protocol_writer)
+        environment["ANNEAL_SUPERVISED_BY"] = str(os.getpid())
+        try:
+            self._process = subprocess.Popen(
+                command or (sys.executable, "-m", "worker.training"),
+                stdin=subprocess.PIPE,
+                stdout=log_writer,
+                stderr=log_writer,
+                pass_fds=(protocol_writer,),
+                env=environment,
+                cwd=spec.work_dir,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(protocol_reader)
+            os.close(log_reader)
+            raise
+        finally:
+            os.close(protocol_writer)
+            os.close(log_writer)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; its log will say why
+            self._process.stdin.write(spec.model_dump_json().encode())
+            self._process.stdin.close()
+        for descriptor in (protocol_reader, log_reader):
+            os.set_blocking(descriptor, False)
+        self._protocol = protocol_reader
+        self._log = log_reader
+        self._log_file = log_path.open("ab")
+        self._log_bytes = 0
+        self._partial = b""
+        self._partial_log = b""
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(protocol_reader, selectors.EVENT_READ)
+        self._selector.register(log_reader, selectors.EVENT_READ)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def watch(self, descriptor: int) -> None:
+        """Have `read_lines` return early when `descriptor` becomes readable."""
+        self._selector.register(descriptor, selectors.EVENT_READ)
+
+    def unwatch(self, descriptor: int) -> None:
+        self._selector.unregister(descriptor)
+
+    def read_lines(self, timeout_s: float) -> list[bytes]:
+        """Whole protocol lines that have come, after waiting `timeout_s` at most for anything to happen."""
+        lines: list[bytes] = []
+        for key, _ in self._selector.select(timeout_s):
+            if key.fd == self._protocol:
+                lines += self._read_protocol()
+            elif key.fd == self._log:
+                self._read_log()
+        return lines
+
+    def exit_status(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the trainer itself (not what it started)."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the whole session and wait until the trainer is gone."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=30)
+
+    def drain(self) -> list[bytes]:
+        """What is left in the pipes of a trainer that has exited."""
+        lines: list[bytes] = []
+        deadline = time.monotonic() + 5
+        while self._selector_has_pipes() and time.monotonic() < deadline:
+            lines += self.read_lines(0.1)
+        return lines
+
+    def last_output(self) -> str:
+        """The last lines the trainer's libraries wrote."""
+        tail = [self._partial_log.decode(errors="replace")] if self._partial_log else []
+        return "\n".join([*self._last_lines, *tail])[-2000:]
+
+    def close(self) -> None:
+        """Make sure it is dead, and close everything."""
+        self.kill()
+        self._selector.close()
+        for descriptor in (self._protocol, self._log):
+            os.close(descriptor)
+        self._log_file.close()
+
+    def _selector_has_pipes(self) -> bool:
+        watched = {key.fd for key in self._selector.get_map().values()}
+        return bool(watched & {self._protocol, self._log})
+
+    def _read_protocol(self) -> list[bytes]:
+        chunk = os.read(self._protocol, READ_BYTES)
+        if not chunk:
+            self._selector.unregister(self._protocol)
+            return []
+        *lines, self._partial = (self._partial + chunk).split(b"\n")
+        if len(self._partial) > MAX_LINE_BYTES:
+            self._partial = b""  # no message of ours; never let a broken child fill our memory
+        return [line for line in lines if line.strip()]
+
+    def _read_log(self) -> None:
+        chunk = os.read(self._log, READ_BYTES)
+        if not chunk:
+            self._selector.unregister(self._log)
+            return
+        if self._log_bytes < MAX_LOG_BYTES:
+            self._log_file.write(chunk)
+            self._log_file.flush()
+            self._log_bytes += len(chunk)
+        *lines, self._partial_log = (self._partial_log + chunk).split(b"\n")
+        self._partial_log = self._partial_log[-MAX_LINE_BYTES:]
+        self._last_lines.extend(line.decode(errors="replace")[:500] for line in lines if line.strip())

@@ -1,0 +1,175 @@
+"""One attempt at a run, read top to bottom: load, render, train, evaluate, publish.
+
+Speaks through the reporter only; raises what `failures.describe` puts into words.
+"""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from shared.trainer_protocol import Done, Started
+from shared.training_spec import Resolved, TrainerSpec
+from worker.training import checkpoint, data, resolve, templates
+from worker.training.failures import BadBaseModel, describe
+from worker.training.reporter import Reporter
+from worker.training.stopping import StopRequests
+
+REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "accelerate", "bitsandbytes", "datasets")
+
+
+class Run:
+    """The state of one attempt, so that a failure can be told with what had been resolved by then."""
+
+    def __init__(self, spec: TrainerSpec, reporter: Reporter, stops: StopRequests) -> None:
+        self.spec = spec
+        self.reporter = reporter
+        self.stops = stops
+        self.resolved: Resolved | None = None
+
+    def attempt(self) -> int:
+        """Run to the end, a stop or a failure; the protocol's last message is sent. Returns the exit status."""
+        try:
+            self._run()
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc(file=sys.stderr)
+            self.reporter.send(describe(error, self.resolved))
+            return 1
+        return 0
+
+    def _run(self) -> None:
+        spec = self.spec
+        prepare_work_dir(spec)
+        from worker.training import callbacks, engine, model
+
+        # Load.
+        hardware = model.hardware()
+        base = Path(spec.base_model_dir)
+        tokenizer = model.load_tokenizer(base)
+        template = templates.choose(spec.training.chat_template, tokenizer)
+
+        # Data.
+        rows, validation = self._read_data(template, tokenizer, hardware)
+        self.resolved = resolved = resolve.resolve(
+            spec,
+            hardware,
+            rows=len(rows),
+            has_validation=spec.validation_file is not None,
+            chat_template=template.name,
+        )
+        for warning in resolve.advice(spec, resolved, len(rows)):
+            self.reporter.warn(warning)
+
+        weights = model.load_model(
+            base,
+            hardware,
+            max_seq_length=resolved.max_seq_length,
+            master_weights=resolved.master_weights,
+            gradient_checkpointing=resolved.gradient_checkpointing,
+        )
+        trainer = engine.build(weights, tokenizer, rows, resolved, hardware, Path(spec.work_dir))
+        first_step, tokens_before = self._where_to_resume()
+        callback = callbacks.RunCallback(
+            spec,
+            resolved,
+            template,
+            validation,
+            self.reporter,
+            self.stops,
+            first_step=first_step,
+            tokens_before=tokens_before,
+        )
+        callback.attach(trainer)
+        engine.add_callback(trainer, callback)
+        self.reporter.send(
+            Started(
+                resolved=resolved.shown(),
+                total_steps=resolved.max_steps,
+                first_step=first_step,
+                train_examples=sum(len(row.lengths) for row in rows),
+                validation_examples=len(validation),
+                train_tokens=sum(len(row.ids) for row in rows),
+                device=hardware.name,
+                versions=versions(),
+                parameters=sum(p.numel() for p in weights.parameters() if p.requires_grad),
+            )
+        )
+
+        # Train.
+        self.stops.stepping(first_step - 1)
+        trainer.train(resume_from_checkpoint=spec.resume_from)
+        if trainer.state.global_step < resolved.max_steps:
+            self.reporter.send(self.stops.message)
+            return
+
+        # Evaluate, publish.
+        self.stops.finishing()
+        callback.evaluate(trainer)
+        callback.publish(trainer, resumable=False)
+        self.reporter.send(
+            Done(
+                step=resolved.max_steps,
+                tokens=callback.tokens(trainer),
+                elapsed_s=callback.elapsed_s(),
+            )
+        )
+
+    def _read_data(
+        self, template: templates.Template, tokenizer: templates.Tokenizer, hardware: resolve.Hardware
+    ) -> tuple[list[data.Example], list[data.Example]]:
+        """The training rows, packed if asked for, and the validation conversations, never packed."""
+        spec, training = self.spec, self.spec.training
+        longest = training.max_seq_length
+        examples = data.load_training(Path(spec.training_file), template, tokenizer, longest, training.train_on)
+        self._tell_losses(examples, "training")
+        rows = examples.rows
+        if training.packing == "rows":
+            rows = data.pack(rows, resolve.packed_row_length(spec, hardware), spec.seed)
+        validation: list[data.Example] = []
+        if spec.validation_file is not None:
+            held_out = data.load_validation(Path(spec.validation_file), template, tokenizer, longest, training.train_on)
+            self._tell_losses(held_out, "validation")
+            validation = held_out.rows
+        return rows, validation
+
+    def _tell_losses(self, examples: data.Examples, which: str) -> None:
+        if examples.cut:
+            self.reporter.warn(
+                f"{examples.cut} {which} rows are longer than {self.spec.training.max_seq_length} tokens and were cut"
+                + (f"; {examples.dropped} of them had no answer left and were dropped" if examples.dropped else "")
+                + ". Raise training.max_seq_length to keep them whole.",
+                cut=examples.cut,
+                dropped=examples.dropped,
+                file=which,
+            )
+
+    def _where_to_resume(self) -> tuple[int, int]:
+        """(first step, tokens before it)."""
+        if self.spec.resume_from is None:
+            return 1, 0
+        manifest = checkpoint.read_manifest(Path(self.spec.resume_from))
+        if not manifest.resumable:
+            raise BadBaseModel(f"checkpoint {manifest.step} is a finished model and can't be resumed from")
+        self.reporter.info(f"Resumed from step {manifest.step}.", step=manifest.step)
+        return manifest.step + 1, manifest.tokens
+
+
+def prepare_work_dir(spec: TrainerSpec) -> None:
+    """Make the scratch folder the current one, with the caches inside it. Before unsloth is imported."""
+    work = Path(spec.work_dir)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(work / "unsloth_compiled_cache")
+    os.environ["HF_DATASETS_CACHE"] = str(work / "datasets")
+    os.chdir(work)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in REPORTED_VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,199 @@
+"""Loading a base model for full fine-tuning through Unsloth, and writing the tuned one as plain transformers files.
+
+Unsloth is imported here, first of all libraries that it patches. What is saved never depends on how an engine
+wrapped the model in memory: names and shapes are those of the base's own files, checked, and the tokenizer's files
+are the base's with the chat template that was trained on.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.training.failures import BadBaseModel
+from worker.training.resolve import Hardware
+from worker.training.templates import Template
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a base model's files."""
+
+    name: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def hardware() -> Hardware:
+    """What this process can train on. Imports unsloth."""
+    import torch
+    import unsloth
+
+    if torch.cuda.is_available():
+        return Hardware(torch.cuda.get_device_name(0), is_gpu=True, computes_bf16=torch.cuda.is_bf16_supported())
+    return Hardware("cpu", is_gpu=False, computes_bf16=bool(unsloth.is_bfloat16_supported()))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer as its files say, which Unsloth's own loading may alter.
+
+    Raises:
+        BadBaseModel: the files are missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadBaseModel(f"the tokenizer of the base model can't be loaded: {error}", "model") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: labels are kept apart from ids
+    return tokenizer
+
+
+def load_model(
+    folder: Path, hardware: Hardware, *, max_seq_length: int, master_weights: str, gradient_checkpointing: str | bool
+) -> Any:
+    """The base model with every parameter trainable, in the master weights' number format.
+
+    Raises:
+        BadBaseModel: the files are missing or broken, or no causal language model.
+    """
+    import torch
+    from unsloth import FastLanguageModel
+
+    weights = list_weights(folder)
+    full_precision = master_weights == "fp32"
+    options: dict[str, Any] = {"dtype": torch.float32 if full_precision else torch.bfloat16}
+    if hardware.is_gpu:
+        # On GPUs 32-bit master weights with 16-bit products are a switch of their own, and the dtype is the products'.
+        options = {"dtype": None, "float32_mixed_precision": full_precision}
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder),
+            max_seq_length=max_seq_length,
+            full_finetuning=True,
+            load_in_4bit=False,
+            use_gradient_checkpointing=gradient_checkpointing,
+            local_files_only=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BadBaseModel(f"the base model can't be loaded: {error}", "model") from error
+    _restore_exact_values(model, weights)
+    return model
+
+
+def list_weights(folder: Path) -> list[Weight]:
+    """Names and shapes of the base's tensors, read from the files' headers.
+
+    Raises:
+        BadBaseModel: no safetensors in the folder.
+    """
+    from safetensors import safe_open
+
+    weights = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stored:
+            weights += [Weight(name, tuple(stored.get_slice(name).get_shape()), file) for name in stored.keys()]  # noqa: SIM118
+    if not weights:
+        raise BadBaseModel(f"the base model's folder {folder.name} holds no .safetensors file", "model")
+    return weights
+
+
+def save_model(model: Any, base: Path, target: Path, template: Template) -> None:
+    """Write the weights, the configuration and the tokenizer, loadable by plain transformers.
+
+    Raises:
+        BadBaseModel: the model in memory has other tensors than the base's files.
+    """
+    from safetensors.torch import save_file
+
+    state = model.state_dict()
+    tensors = {}
+    for weight in list_weights(base):
+        tensor = state.get(weight.name)
+        if tensor is None or tuple(tensor.shape) != weight.shape:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise BadBaseModel(f"{weight.name} is {found} after loading, its file says {weight.shape}", "model")
+        tensors[weight.name] = tensor.detach().cpu().contiguous()
+    save_file(tensors, str(target / WEIGHTS), metadata={"format": "pt"})
+    dtype = str(max(tensors.values(), key=lambda tensor: tensor.numel()).dtype).removeprefix("torch.")
+    _save_configuration(base, target, dtype, template, model.config.eos_token_id)
+    _save_tokenizer(base, target, template)
+
+
+def saved_bytes(model: Any, *, resumable: bool) -> int:
+    """About what a checkpoint takes on disk: the weights, and two moments in 32 bits if it is resumable."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = 8 * sum(p.numel() for p in model.parameters()) if resumable else 0
+    return weights + moments
+
+
+def _restore_exact_values(model: Any, weights: list[Weight]) -> None:
+    """Copy the files' values over the loaded ones, which the GPU path has rounded to 16 bits on their way to 32."""
+    import torch
+    from safetensors import safe_open
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for file in {weight.file for weight in weights}:
+            with safe_open(str(file), framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 - not a mapping
+                    parameter = parameters.get(name)
+                    if parameter is not None and parameter.dtype == torch.float32:
+                        parameter.copy_(stored.get_tensor(name))
+
+
+def _save_configuration(base: Path, target: Path, dtype: str, template: Template, eos_token_id: Any) -> None:
+    """The base's own configuration with the number format that was saved."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    _write_json(target / "config.json", config)
+    generation = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": eos_token_id}
+    if (base / "generation_config.json").exists():
+        generation |= json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    end = _token_id(base, template.end_of_turn)
+    known = generation["eos_token_id"]
+    stops = [known] if isinstance(known, int) else list(known or [])
+    if end is not None and end not in stops:
+        generation["eos_token_id"] = [*stops, end]
+    _write_json(target / "generation_config.json", generation)
+
+
+def _save_tokenizer(base: Path, target: Path, template: Template) -> None:
+    for name in TOKENIZER_FILES:
+        if (base / name).exists():
+            shutil.copyfile(base / name, target / name)
+    settings = target / "tokenizer_config.json"
+    if settings.exists():
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        if content.pop("chat_template", None) is not None:  # it would win over the file
+            _write_json(settings, content)
+    (target / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+
+
+def _token_id(base: Path, token: str) -> int | None:
+    """The id of an added token according to tokenizer.json."""
+    file = base / "tokenizer.json"
+    if not file.exists():
+        return None
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
+    return next((entry["id"] for entry in added if entry["content"] == token), None)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
