@@ -16,11 +16,13 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
+DEV_LOCK ?= locks/dev.lock
+PIP_FLAGS ?=
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(LOCK))
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all:
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
 	@sed -n '3,9s/^# *//p' Makefile
@@ -30,11 +32,11 @@ install: $(STAMP)
 # Two steps, because pip's resolver can't be asked about Unsloth (locks/lock.py says why): torch with the needs of its
 # build, held to the lock's versions, then everything else exactly as locked. The stamp comes last, so that an
 # installation that was cut off is taken up again.
-$(STAMP): $(LOCK) locks/dev.lock pyproject.toml
+$(STAMP): $(LOCK) $(DEV_LOCK) pyproject.toml
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(LOCK) into $(VENV) (a minute or two, once)" >&2
 	$(PIP) "$$(grep '^torch==' $(LOCK))" --constraint $(LOCK)
-	$(PIP) --no-deps --requirement $(LOCK) --requirement locks/dev.lock
+	$(PIP) --no-deps $(addprefix --requirement ,$(LOCK) $(DEV_LOCK))
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

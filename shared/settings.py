@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     """Port the API binds; 0 picks a free one."""
     api_key: str | None = Field(default=None, repr=False)
     """The one bearer token of the project `default`. Unset: loopback only, no authentication."""
-    database_url: str | None = None
+    database_url: str | None = Field(default=None, repr=False)
     """SQLAlchemy URL. Unset: SQLite in `data`. PostgreSQL: `postgresql+psycopg://…`."""
     redis_url: str | None = Field(default=None, repr=False)
     """Redis or Valkey. Unset: `anneal up` embeds a Valkey on a unix socket in `data`."""

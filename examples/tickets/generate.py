@@ -121,8 +121,10 @@ def _roughen(text: str, product: str | None, rng: random.Random) -> str:
 
 
 def _mistype(word: str, rng: random.Random) -> str:
+    """Swap two letters inside the word, lose one, or double one."""
     i = rng.randint(1, len(word) - 3)
-    return rng.choice((word[:i] + word[i + 1] + word[i] + word[i + 2 :], word[:i] + word[i + 1 :], word[:i] + word[i] * 2 + word[i + 1 :]))
+    head, letter, following, tail = word[:i], word[i], word[i + 1], word[i + 2 :]
+    return head + rng.choice((following + letter, following, letter + letter)) + tail
 
 
 def row(text: str, labels: dict[str, Any]) -> dict[str, Any]:

@@ -281,8 +281,26 @@ TRAIN = Patterns(
         "The whole family uses it.",
         "My English is not perfect, sorry.",
     ),
-    opening=("Hi,", "Hello,", "Hello there,", "Dear support,", "Hi team,", "Good morning,", "hey", "To whom it may concern,"),
-    closing=("Thanks", "Best, Anna", "Regards, Tom", "Thank you!", "Cheers", "Kind regards, J. Meyer", "thx", "Bye, Lee"),
+    opening=(
+        "Hi,",
+        "Hello,",
+        "Hello there,",
+        "Dear support,",
+        "Hi team,",
+        "Good morning,",
+        "hey",
+        "To whom it may concern,",
+    ),
+    closing=(
+        "Thanks",
+        "Best, Anna",
+        "Regards, Tom",
+        "Thank you!",
+        "Cheers",
+        "Kind regards, J. Meyer",
+        "thx",
+        "Bye, Lee",
+    ),
 )
 
 VALIDATION = Patterns(
@@ -319,14 +337,27 @@ VALIDATION = Patterns(
         ),
     },
     urgency={
-        "high": ("Please fix it immediately.", "Today is the deadline, so it is urgent for us.", "This must not wait, we need it now."),
-        "low": ("It really is not a hurry.", "Please take all the time you need.", "A minor thing that can wait for weeks."),
+        "high": (
+            "Please fix it immediately.",
+            "Today is the deadline, so it is urgent for us.",
+            "This must not wait, we need it now.",
+        ),
+        "low": (
+            "It really is not a hurry.",
+            "Please take all the time you need.",
+            "A minor thing that can wait for weeks.",
+        ),
     },
     answer={
         True: ("I would like to hear back from you.", "Please send me an answer.", "Tell me please what I should do."),
         False: ("A reply is not needed.", "I am just informing you, no answer please.", "You need not get back to me."),
     },
-    filler=("We got it in {m} from a friend.", "The number on the form is {o}.", "I work from home.", "It sits on a shelf in the hall."),
+    filler=(
+        "We got it in {m} from a friend.",
+        "The number on the form is {o}.",
+        "I work from home.",
+        "It sits on a shelf in the hall.",
+    ),
     opening=("Good day,", "Hello support team,"),
     closing=("Many thanks, Kim", "Yours, R. Patel"),
 )

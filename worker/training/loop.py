@@ -42,7 +42,8 @@ class Run:
     def _run(self) -> None:
         spec = self.spec
         prepare_work_dir(spec)
-        from worker.training import callbacks, engine, model
+        from worker.training import engine  # isort: skip - imports unsloth, which must come first
+        from worker.training import callbacks, model
 
         # Load.
         hardware = model.hardware()

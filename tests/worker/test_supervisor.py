@@ -1,0 +1,310 @@
+"""Supervision with the real database, pipes, signals and checkpoints; only the arithmetic is a toy's."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import select, update
+
+from shared import checkpoints, files, jobs, model_registry, storage
+from shared.db import now, reading, transaction
+from shared.ids import new_id
+from shared.models import Checkpoint, Event, File, FileStatus, Job, Metric, Model
+from shared.schemas import JobCreate
+from shared.settings import Settings
+from worker import lifecycle, supervisor
+from worker.sweeper import Sweeper
+
+TOY = (sys.executable, "-m", "tests.worker.toy_trainer")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def base_folder(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The toy reads no weights: any folder is a base model."""
+    found = supervisor.base_models.BaseModelFiles(path=tmp_path, source="folder", revision=None, note=None)
+    monkeypatch.setattr(supervisor.base_models, "resolve", lambda *_: found)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+
+
+@pytest.fixture
+def submit(settings: Settings) -> Callable[..., str]:
+    """Store a job whose training file tells the toy what to do; returns its id."""
+
+    def submit(training: dict[str, Any] | None = None, **plan: Any) -> str:
+        file_id = new_id("file")
+        content = json.dumps({"steps": 5, **plan}).encode()
+        stored = storage.save_file(settings, file_id, [content], max_bytes=10**6)
+        with transaction() as session:
+            files.create(
+                session,
+                file_id=file_id,
+                project_id="default",
+                filename="plan.json",
+                purpose="fine-tune",
+                size_bytes=stored.bytes,
+                sha256=stored.sha256,
+                status=FileStatus.PROCESSED,
+            )
+            request = JobCreate.model_validate(
+                {"model": BASE, "training_file": file_id, "suffix": "toy", "training": training or {}}
+            )
+            return jobs.submit(session, "default", request).id
+
+    return submit
+
+
+def claim(settings: Settings) -> Job:
+    with transaction() as session:
+        job = jobs.claim_next(session, "test-worker", settings.lease_s)
+    assert job is not None
+    return job
+
+
+def run_next(settings: Settings) -> None:
+    supervisor.supervise(claim(settings), settings, TOY)
+
+
+def job_of(job_id: str) -> Job:
+    with reading() as session:
+        job = session.get(Job, job_id)
+    assert job is not None
+    return job
+
+
+def messages(job_id: str) -> list[str]:
+    with reading() as session:
+        return list(session.scalars(select(Event.message).where(Event.job_id == job_id).order_by(Event.sequence)))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def in_thread(job: Job, settings: Settings) -> threading.Thread:
+    thread = threading.Thread(target=supervisor.supervise, args=(job, settings, TOY))
+    thread.start()
+    return thread
+
+
+def toys() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "tests.worker.toy_trainer" in p.cmdline()]
+
+
+def test_a_finished_run_leaves_a_model_metrics_events_and_a_result_file(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit(steps=5, save_steps=2)
+    run_next(settings)
+    job = job_of(job_id)
+    assert job.status == "succeeded", job.error
+    assert job.fine_tuned_model == f"ft:smollm2-135m-instruct:default:toy:{job_id[6:14]}"
+    assert job.trained_tokens == 500 and job.estimated_finish is None
+    with reading() as session:
+        assert list(session.scalars(select(Metric.step).order_by(Metric.step))) == [1, 2, 3, 4, 5]
+        steps = {row.step: row for row in session.scalars(select(Checkpoint))}
+        assert sorted(steps) == [2, 4, 5]
+        assert steps[2].metrics == {"step": 2, "train_loss": 0.5, "full_valid_loss": 0.5}
+        model = session.get(Model, job.fine_tuned_model)
+        assert model is not None and model.location == steps[5].location
+        assert session.get(Model, f"{job.fine_tuned_model}:ckpt-step-2") is not None
+        sequences = list(session.scalars(select(Event.sequence).order_by(Event.sequence)))
+        assert sequences == list(range(1, len(sequences) + 1))
+        result = session.get(File, job.result_files[0])
+        assert result is not None and result.purpose == "fine-tune-results"
+    curve = storage.file_path(settings, result.id).read_text().splitlines()
+    assert curve[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
+    assert curve[2].startswith("2,0.5,,0.5")
+    assert (settings.storage_root / model.location / "model.safetensors").read_text() == "weights after 5 steps"
+
+
+def test_only_the_newest_checkpoints_are_kept(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit({"keep_checkpoints": 2}, steps=6, save_steps=1)
+    run_next(settings)
+    with reading() as session:
+        rows = checkpoints.newest_first(session, job_id)
+        assert [row.step for row in rows] == [6, 5]
+        tuned = model_registry.tuned_name(job_of(job_id), BASE)
+        assert session.get(Model, f"{tuned}:ckpt-step-3") is None
+    folder = storage.checkpoint_dir(settings, job_id, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
+
+
+def test_a_killed_trainer_goes_on_from_its_checkpoint_and_repeats_no_metric(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit(steps=5, save_steps=1, behaviour="kill_at_3")
+    run_next(settings)
+    assert job_of(job_id).status == "queued"
+    run_next(settings)
+    job = job_of(job_id)
+    assert (job.status, job.fence, job.attempts) == ("succeeded", 2, 0)
+    said = messages(job_id)
+    assert sum(message.startswith("Step 2/5") for message in said) == 1
+    assert sum("resumed from step 2" in message for message in said) == 1
+
+
+def test_a_poison_job_fails_after_three_attempts_with_its_last_words(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit(behaviour="poison")
+    for _ in range(3):
+        run_next(settings)
+    job = job_of(job_id)
+    assert job.status == "failed" and job.error is not None
+    assert job.error["code"] == "trainer_died"
+    assert "SIGKILL" in job.error["message"] and "the last words" in job.error["message"]
+    assert sum(message.startswith("Step 1/5") for message in messages(job_id)) == 1
+
+
+def test_progress_fills_the_crash_budget_again(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit(steps=5, save_steps=1, behaviour="kill_at_3")
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(attempts=2))
+    run_next(settings)  # publishes steps 1 and 2, then dies: that is progress
+    assert job_of(job_id).status == "queued"
+
+
+def test_an_error_the_trainer_explains_is_final(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit(steps=5, save_steps=2, behaviour="diverge")
+    run_next(settings)
+    job = job_of(job_id)
+    assert job.status == "failed" and job.error is not None
+    assert job.error["code"] == "diverged" and "step 3" in job.error["message"]
+    with reading() as session:
+        assert [row.step for row in checkpoints.newest_first(session, job_id)] == [2]
+
+
+def test_a_cancel_stops_a_running_job(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit(steps=1000, step_s=0.05)
+    thread = in_thread(claim(settings), settings)
+    wait_for(lambda: (job_of(job_id).current_step or 0) > 2)
+    started = time.monotonic()
+    with transaction() as session:
+        assert jobs.request_cancel(session, "default", job_id).status == "running"
+    thread.join(10)
+    assert time.monotonic() - started < 3
+    assert job_of(job_id).status == "cancelled"
+    assert toys() == []
+
+
+def test_a_trainer_deaf_to_signals_is_killed(settings: Settings, submit: Callable[..., str]) -> None:
+    quick = settings.model_copy(update={"trainer_stop_s": 0.5})
+    job_id = submit(steps=1000, step_s=0.05, behaviour="deaf")
+    thread = in_thread(claim(settings), quick)
+    wait_for(lambda: (job_of(job_id).current_step or 0) > 1)
+    with transaction() as session:
+        jobs.request_cancel(session, "default", job_id)
+    thread.join(10)
+    assert job_of(job_id).status == "cancelled"
+    assert toys() == []
+
+
+def test_a_worker_that_shuts_down_saves_and_gives_the_job_back(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
+    job_id = submit(steps=1000, step_s=0.05)
+    thread = in_thread(claim(settings), settings)
+    wait_for(lambda: (job_of(job_id).current_step or 0) > 2)
+    lifecycle.shutdown.set()
+    thread.join(10)
+    job = job_of(job_id)
+    assert (job.status, job.attempts, job.lease_until) == ("queued", 0, None)
+    with reading() as session:
+        newest = checkpoints.newest_first(session, job_id)[0]
+    assert newest.resumable and newest.step >= 3
+
+
+def test_a_run_that_lost_its_claim_commits_nothing_more(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit(steps=1000, step_s=0.05)
+    thread = in_thread(claim(settings), settings)
+    wait_for(lambda: (job_of(job_id).current_step or 0) > 2)
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(fence=Job.fence + 1))
+    thread.join(10)
+    assert not thread.is_alive() and toys() == []
+    before = job_of(job_id)
+    assert (before.status, before.fence) == ("running", 2)
+
+
+def test_an_expired_lease_returns_the_job_to_the_queue(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    claim(settings)
+    Sweeper(settings).expire_leases()
+    assert job_of(job_id).status == "running", "the lease is still good"
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=now() - 1))
+    Sweeper(settings).expire_leases()
+    assert job_of(job_id).status == "queued"
+    assert any("fell silent" in message for message in messages(job_id))
+
+
+def test_a_run_whose_settlement_was_lost_is_settled_without_training_again(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit(steps=3)
+    run_next(settings)
+    with transaction() as session:  # as if the worker had died between the final checkpoint and `succeeded`
+        session.execute(update(Job).where(Job.id == job_id).values(status="queued", fine_tuned_model=None))
+    events_before = len(messages(job_id))
+    run_next(settings)
+    job = job_of(job_id)
+    assert job.status == "succeeded" and job.fine_tuned_model is not None
+    assert not any("Fine-tuning job started" in message for message in messages(job_id)[events_before:])
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
+    job_id = submit(steps=8, save_steps=1, step_s=0.1)
+    thread = in_thread(claim(settings), settings)
+    wait_for(lambda: (job_of(job_id).current_step or 0) >= 3)
+    lifecycle.shutdown.set()
+    thread.join(10)
+    with reading() as session:
+        newest, before = checkpoints.newest_first(session, job_id)[:2]
+    weights = settings.storage_root / newest.location / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
+    run_next(settings)
+    assert job_of(job_id).status == "succeeded"
+    assert any(f"resumed from step {before.step}" in message for message in messages(job_id))
+
+
+def test_a_flood_and_garbage_from_the_trainer_do_no_harm(settings: Settings, submit: Callable[..., str]) -> None:
+    for behaviour in ("flood", "garbage"):
+        job_id = submit(steps=2, behaviour=behaviour)
+        run_next(settings)
+        assert job_of(job_id).status == "succeeded"
+    logs = list((settings.run_dir / "jobs").rglob("trainer-*.log"))
+    assert logs and all(log.stat().st_size <= 11 * 2**20 for log in logs)
+
+
+def test_a_supervisor_killed_outright_takes_its_trainer_with_it(settings: Settings, submit: Callable[..., str]) -> None:
+    submit(steps=1000, step_s=0.05)
+    child = os.fork()
+    if child == 0:
+        from shared import db
+
+        db.reset()
+        run_next(settings)
+        os._exit(0)
+    wait_for(lambda: bool(toys()))
+    trainer = toys()[0]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_for(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE, 10)
