@@ -104,6 +104,8 @@ def invalid_request(problems: Any) -> BadRequest:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, AppError):
+        return error_response(error.__cause__)  # FastAPI wraps what is raised while a body is read
     if error.status_code == HTTPStatus.NOT_FOUND:
         answer: AppError = NotFound(
             f"there is no {request.method} {request.url.path}; see /docs for what exists", code="unknown_url"

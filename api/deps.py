@@ -34,8 +34,8 @@ def _identify(request: Request, settings: SettingsDep) -> Identity:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Unauthorized("no API key was sent; send `Authorization: Bearer <ANNEAL_API_KEY>`")
-    # Compared as bytes: compare_digest refuses non-ASCII strings, and a key is anything a client typed.
-    if not hmac.compare_digest(token.strip().encode(), settings.api_key.encode()):
+    # As the bytes that came (headers are decoded as latin-1): compare_digest refuses non-ASCII strings.
+    if not hmac.compare_digest(token.strip().encode("latin-1"), settings.api_key.encode()):
         raise Unauthorized("the API key is not valid here; use the value of ANNEAL_API_KEY")
     return Identity(DEFAULT_PROJECT)
 

