@@ -34,7 +34,7 @@ install: $(STAMP)
 # installation that was cut off is taken up again.
 $(STAMP): $(LOCK) $(DEV_LOCK) pyproject.toml
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
-	@echo "Installing $(LOCK) into $(VENV) (a minute or two, once)" >&2
+	@echo "Installing $(LOCK) into $(VENV) (some minutes, once)" >&2
 	$(PIP) "$$(grep '^torch==' $(LOCK))" --constraint $(LOCK)
 	$(PIP) --no-deps $(addprefix --requirement ,$(LOCK) $(DEV_LOCK))
 	$(PIP) --no-deps --no-build-isolation --editable .

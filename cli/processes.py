@@ -62,6 +62,8 @@ class ChildSpec:
     """The file whose modification time must keep changing; None: it is enough not to have exited."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to our own. Secrets travel here, never in `command`, which every user of the machine can read."""
+    withheld: frozenset[str] = frozenset()
+    """Variables of ours that it has no business to know."""
     pass_fds: tuple[int, ...] = ()
 
 
@@ -98,7 +100,8 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **spec.environment},
+                env={name: value for name, value in os.environ.items() if name not in spec.withheld}
+                | dict(spec.environment),
                 pass_fds=spec.pass_fds,
                 start_new_session=True,
             )
@@ -115,8 +118,12 @@ class Child:
         """
         rotate(self.spec.log)
         if self._process is None:
-            if time.monotonic() >= self._start_at:
+            if time.monotonic() < self._start_at:
+                return None
+            try:
                 self.start()
+            except OSError as error:  # no memory for a process, no room for its log: perhaps soon again
+                return self._died(f"can't be started: {error}")
             return None
         status = self._exit_status()
         if status is None and self._is_silent():
@@ -213,16 +220,20 @@ def adopt_orphans() -> None:
 
 def kill_orphans(children: Iterable[Child]) -> int:
     """End and reap the processes that came to us because their parent died; returns how many there were."""
-    ours = {child.pid for child in children}
-    found = 0
-    for process in psutil.Process().children():
-        if process.pid in ours:
-            continue
-        found += 1
-        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
-            process.kill()
-            os.waitpid(process.pid, os.WNOHANG)  # one that can't die yet is met again at the next look
-    return found
+    adopted = _children_of_this_thread() - {child.pid for child in children}
+    for pid in adopted:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)  # ours and not waited for, so the number can't have passed to a stranger
+            os.waitpid(pid, os.WNOHANG)  # one that can't die yet is met again at the next look
+    return len(adopted)
+
+
+def _children_of_this_thread() -> set[int]:
+    """From the kernel's list where it keeps one: looking through every process on each tick would cost a percent."""
+    try:
+        return {int(pid) for pid in Path("/proc/thread-self/children").read_text().split()}
+    except FileNotFoundError:
+        return {process.pid for process in psutil.Process().children()}
 
 
 def rotate(log: Path, limit_bytes: int = LOG_BYTES) -> None:

@@ -7,12 +7,14 @@ Owns the tree: who is started when, who is restarted, in which order they stop. 
 Single-threaded on purpose: signals are waited for (sigtimedwait), not handled, so nothing runs in between.
 """
 
+import contextlib
 import http.client
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from cli import accelerators, commands, valkey
 from cli.health import status_of
@@ -28,8 +30,13 @@ VALKEY_LIMIT_S = 120.0
 """An append-only file of the largest size allowed loads in far less."""
 READY_LIMIT_S = 300.0
 ORPHAN_LIMIT_S = 5.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_WAITED_FOR = (*_STOP_SIGNALS, signal.SIGCHLD)
+_STOP_SIGNALS = frozenset(
+    # One that is ignored stays ignored (nohup, a script's background job): waiting for it would bring it back.
+    number
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if signal.getsignal(number) is not signal.SIG_IGN
+)
+_WAITED_FOR = _STOP_SIGNALS | {signal.SIGCHLD}
 
 
 class StopRequested(Exception):
@@ -43,17 +50,19 @@ class CannotStart(Exception):
 def up(settings: Settings) -> int:
     """Run the service until a signal; returns the exit status."""
     try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = RunLock(settings.run_dir)
-    except FolderInUse as error:
+        listener = open_listener(settings)
+    except (FolderInUse, CannotListen) as error:
         say(f"error: {error}")
         return 1
-    try:
-        listener = open_listener(settings)
-    except CannotListen as error:
-        say(f"error: {error}")
+    except OSError as error:
+        say(f"error: {settings.data} can't be written: {error.strerror}. Choose another folder with --data")
         return 1
     for line in accelerators.describe():
         say(line)
+    if not settings.api_key:
+        say("no ANNEAL_API_KEY is set: whoever can reach this machine's loopback address may use the service")
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     adopt_orphans()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})  # 0 has become a real one
@@ -132,6 +141,7 @@ class Service:
             stop_s=stop_s,
             heartbeat=heartbeat_path(settings, name) if beats else None,
             environment=environment | (extra or {}),
+            withheld=frozenset() if name == "api" else frozenset({"ANNEAL_API_KEY"}),
             pass_fds=pass_fds,
         )
         child = Child(spec)
@@ -154,7 +164,7 @@ class Service:
     def _wait_until_ready(self) -> None:
         """Print the address on standard output once the service can take jobs. The one line scripts wait for."""
         self._wait_until(self._is_ready, READY_LIMIT_S, "the API does not report ready")
-        print(f"Anneal is ready at {url(self._settings.host, self._settings.port)}", flush=True)
+        say(f"Anneal is ready at {url(self._settings.host, self._settings.port)}", sys.stdout)
 
     def _wait_until(self, condition: Callable[[], bool], limit_s: float, complaint: str) -> None:
         limit = time.monotonic() + limit_s
@@ -207,9 +217,10 @@ class Service:
             _sleep(TICK_S)
 
 
-def say(text: str) -> None:
-    """Tell the operator; standard output is for the one line that scripts read."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Tell the operator, by default on standard error: standard output is for the one line that scripts read."""
+    with contextlib.suppress(OSError):  # a terminal that was closed is no reason to leave processes behind
+        print(text, file=stream or sys.stderr, flush=True)
 
 
 def _sleep(seconds: float) -> None:

@@ -38,6 +38,9 @@ LEFT_OUT = {
 OLDER = {"certifi": "unsloth asks for 2026.10.19 or later for newer root certificates, which not every index has yet"}
 """Requirements met by an older version than asked for, and why."""
 
+TORCH_BUILD = ("cuda-", "nvidia-")
+"""Libraries that belong to one build of torch: the first step installs those its build asks for, no lock names them."""
+
 GPU_PINS = {
     "torch": "2.11.0",  # the newest that vLLM 0.24 and these versions were measured with on an H200 (CUDA 13.0 build)
     "setuptools": "81.0.0",  # torch 2.11 wants < 82
@@ -90,7 +93,7 @@ def check() -> list[str]:
     wanted += [(name, need) for name in pins if _installed(name) for need in _needs(name, frozenset())]
     for source, need in wanted:
         name = canonicalize_name(need.name)
-        if name in LEFT_OUT and name not in pins:
+        if (name in LEFT_OUT or name.startswith(TORCH_BUILD)) and name not in pins:
             continue
         if name not in pins:
             problems.append(f"{source} needs {need}, which no lock file has")
@@ -129,7 +132,7 @@ def _closure(roots: Iterable[tuple[str, Requirement]]) -> dict[str, str]:
         source, need = waiting.pop()
         name = canonicalize_name(need.name)
         key = (name, frozenset(need.extras))
-        if key in seen or name in LEFT_OUT:
+        if key in seen or name in LEFT_OUT or name.startswith(TORCH_BUILD):
             continue
         seen.add(key)
         version = _installed(name)

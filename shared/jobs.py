@@ -22,7 +22,6 @@ from shared.errors import BadRequest, Conflict, NotFound
 from shared.ids import new_id
 from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
 from shared.schemas import JobCreate
-from shared.training_spec import TUTORIAL_MAX_STEPS
 
 DEFAULT_SEED = 3407
 
@@ -80,13 +79,6 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
     session.add(job)
     session.flush()
     events.append(session, job, f"Created fine-tuning job: {job.id}")
-    if request.training.max_steps is None and request.chosen_hyperparameters.n_epochs == "auto":
-        events.append(
-            session,
-            job,
-            f"Neither max_steps nor n_epochs was sent: the run takes {TUTORIAL_MAX_STEPS} steps",
-            level="warn",
-        )
     events.append(session, job, "Files validated, job queued" if checked else "Validating files")
     return job
 

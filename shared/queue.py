@@ -92,16 +92,12 @@ class Outbox:
 
     def _run(self) -> None:
         while (hint := self._hints.get()) is not None:
-            try:
-                send(self._celery, hint)
-            except (BrokerError, OSError) as error:
-                log.warning("hint %s not sent (%s); the sweep will send it", hint, error)
+            send(self._celery, hint)
 
 
 def send(celery: Celery, hint: str) -> None:
-    """Send one hint now.
-
-    Raises:
-        kombu.exceptions.OperationalError, OSError: the broker is out of reach.
-    """
-    celery.send_task(hint, queue=QUEUE_OF[hint], ignore_result=True, retry=False)
+    """Send one hint now. A broker out of reach is logged and forgiven: the sweep sends hints for what waits."""
+    try:
+        celery.send_task(hint, queue=QUEUE_OF[hint], ignore_result=True, retry=False)
+    except (BrokerError, OSError) as error:
+        log.warning("hint %s not sent (%s); the sweep will send it", hint, error)

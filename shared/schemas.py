@@ -3,6 +3,7 @@
 Requests forbid unknown keys, so that a misspelt choice is an error and not a surprise an hour later.
 """
 
+import math
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
@@ -198,7 +199,9 @@ class FineTuningJob(BaseModel):
     def of(cls, job: Job) -> Self:
         resolved = job.resolved or {}
         # Numbers once the trainer has settled them; "auto" until then.
-        hyperparameters = {key: _whole(resolved.get(key, sent)) for key, sent in job.hyperparameters.items()}
+        hyperparameters = {
+            key: _shown_hyperparameter(key, resolved.get(key, sent)) for key, sent in job.hyperparameters.items()
+        }
         return cls(
             id=job.id,
             created_at=int(job.created_at),
@@ -284,6 +287,6 @@ def _seconds(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _whole(value: Any) -> Any:
-    """3.0 epochs are shown as 3: the SDK's type is an integer where it can be."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _shown_hyperparameter(name: str, value: Any) -> Any:
+    """OpenAI's epochs are whole: a part of one counts as one. `anneal.training` has the exact number."""
+    return math.ceil(value) if name == "n_epochs" and value != "auto" else value

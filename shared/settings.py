@@ -21,7 +21,7 @@ MAX_SOCKET_PATH_BYTES = 100
 class Settings(BaseSettings):
     """One frozen object for a process. Units are in the names: `_s` seconds, `_bytes` bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="ANNEAL_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ANNEAL_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     data: Path = Path("anneal-data")
     """Folder of everything this host keeps: database, storage, working folders, logs. Made absolute."""

@@ -9,7 +9,6 @@ import threading
 from types import FrameType
 
 import redis
-from kombu.exceptions import OperationalError as BrokerError
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -58,7 +57,7 @@ class Sweeper:
             self.resend_hints()
         except SQLAlchemyError as error:
             log.warning("pass skipped, the database said: %s", error)
-        except (redis.RedisError, BrokerError, OSError) as error:
+        except (redis.RedisError, OSError) as error:
             log.warning("hints not sent, the broker said: %s", error)
 
     def expire_leases(self) -> None:

@@ -6,7 +6,7 @@ import socket
 
 from shared import files, jobs, storage, training_data
 from shared.db import reading, transaction
-from shared.queue import TRAIN, VALIDATE_FILES
+from shared.queue import TRAIN, VALIDATE_FILES, send
 from shared.settings import get_settings
 from worker import lifecycle, supervisor
 from worker.app import celery_app
@@ -51,4 +51,4 @@ def validate_files() -> None:
         with reading() as session:
             waiting = jobs.any_queued(session)
         if waiting:
-            celery_app.send_task(TRAIN, queue="train", ignore_result=True)
+            send(celery_app, TRAIN)

@@ -22,13 +22,17 @@ ROWS = {"train": 528, "validation": 40, "test": 120}
 PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 SYSTEM = "Triage the ticket as JSON: category, priority, product, needs_reply."
 
-UNNAMED_SHARE = 0.1
+UNNAMED_SHARE = 0.12
 """Tickets that name no product; their `product` is null."""
 UNNAMED = {
-    "train": ("the device", "my device", "your product", "the thing I bought"),
-    "validation": ("the device", "my gadget"),
+    "train": (
+        *("the device", "my device", "your product", "the thing I bought", "the gadget", "this article", "the unit"),
+        *("my purchase", "the machine", "one of your products", "what I bought from you", "my order", "the appliance"),
+    ),
+    "validation": ("the item", "my new device", "your gadget"),
     "test": ("my gadget", "the item", "your device"),
 }
+UNNAMED_BARE = ("device", "gadget", "product", "unit", "machine")
 ANSWERS: tuple[bool | None, ...] = (False, False, False, True, None)
 """What a ticket says about an answer, in equal parts; None says nothing and wants one, as people do."""
 ANSWERS_TO_QUESTIONS: tuple[bool | None, ...] = (True, None)
@@ -86,7 +90,7 @@ def _name_product(sentence: str, product: str | None, split: str, rng: random.Ra
     if product is None:
         named = rng.choice(UNNAMED[split])
         if determined:
-            named = "device"
+            named = rng.choice(UNNAMED_BARE)
     else:
         bare = rng.choices((product, product.lower(), product.split()[0]), (6, 2, 2))[0]
         named = bare if determined else rng.choice(("the ", "my ", "our ", "")) + bare

@@ -112,16 +112,6 @@ def test_openai_hyperparameters_become_choices_of_the_run(client: TestClient) ->
         assert job["anneal"]["training"]["max_steps"] is None
 
 
-def test_only_a_run_without_a_length_gets_the_sixty_step_warning(client: TestClient) -> None:
-    def warnings(job: dict[str, Any]) -> list[str]:
-        listed = client.get(f"{JOBS}/{job['id']}/events").json()["data"]
-        return [event["message"] for event in listed if event["level"] == "warn"]
-
-    assert any("60 steps" in message for message in warnings(create(client).json()))
-    assert warnings(create(client, training={"max_steps": 10}).json()) == []
-    assert warnings(create(client, hyperparameters={"n_epochs": 1}).json()) == []
-
-
 def test_a_queued_job_is_cancelled_at_once_and_a_second_cancel_is_refused(client: TestClient) -> None:
     job = create(client).json()
     cancelled = client.post(f"{JOBS}/{job['id']}/cancel").json()

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer under Unsloth, bent in five places: order, counting, evaluation, checkpoints, stopping early.
 
-Everything that both a CPU and a GPU run do is here once; the difference between them is in `configure`.
+CPU and GPU runs share every line; what differs between them was decided in `resolve` and `model`.
 Importing this module imports unsloth, before trl and transformers, as it must be.
 """
 
@@ -9,7 +9,7 @@ import unsloth  # noqa: F401 - patches what is imported below
 # isort: on
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from trl import SFTConfig, SFTTrainer
 from shared.training_spec import Resolved
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
-from worker.training.resolve import Hardware
 
 TOKENS, CONVERSATIONS = "anneal_tokens", "anneal_conversations"
 """What the collator counts, carried with each micro-batch as plain numbers."""
@@ -82,7 +81,7 @@ class CountingCollator:
         return batch
 
 
-class Engine(SFTTrainer):  # type: ignore[misc]
+class Engine(SFTTrainer):  # type: ignore[misc]  # the library has no types
     """See the module. `owner` is the run's callback: it publishes checkpoints and is told of evaluations."""
 
     owner: Any
@@ -120,7 +119,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
 
 
-def configure(resolved: Resolved, hardware: Hardware, work_dir: Path) -> SFTConfig:
+def configure(resolved: Resolved, work_dir: Path) -> SFTConfig:
     """Our choices as the engine's arguments. Logging is at every step; what is reported is the callback's choice."""
     extra = resolved.model_extra or {}
     mixed = resolved.precision if resolved.master_weights == "fp32" else "none"
@@ -154,19 +153,16 @@ def configure(resolved: Resolved, hardware: Hardware, work_dir: Path) -> SFTConf
     # Concatenated rows with position ids and no attention mask: exact, and no padding. Unsloth switches it off on CPU
     # while the config is built, because an all-ones mask would let conversations see each other; none is given here.
     config.padding_free = True
-    config.use_cpu = not hardware.is_gpu
     return config
 
 
-def build(
-    model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, hardware: Hardware, work_dir: Path
-) -> Engine:
+def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, work_dir: Path) -> Engine:
     """The engine with its data, optimizer settings and counting in place; callbacks are the caller's."""
     disable_progress_bars()
     dataset = _as_dataset(rows, resolved.max_seq_length)
     engine = Engine(
         model=model,
-        args=configure(resolved, hardware, work_dir),
+        args=configure(resolved, work_dir),
         train_dataset=dataset,
         processing_class=tokenizer,
     )
@@ -185,8 +181,7 @@ def add_callback(engine: Engine, callback: TrainerCallback) -> None:
     engine.add_callback(callback)
 
 
-@torch.no_grad()
-def evaluate(engine: Engine, rows: list[Example], should_stop: Any) -> EvaluationResult | None:
+def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool]) -> EvaluationResult | None:
     """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile.
 
     Padded batches with a mask, so that nothing depends on how the engine tells conversations apart; logits are made
@@ -200,8 +195,8 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Any) -> Evaluatio
         for batch in _evaluation_batches(rows, engine.args.device):
             if should_stop():
                 return None
-            with _autocast(engine):
-                hidden = model.model(
+            with torch.no_grad(), _autocast(engine):
+                hidden = model.base_model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
                 ).last_hidden_state
                 targets = batch["labels"][:, 1:]
@@ -216,7 +211,7 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Any) -> Evaluatio
     return EvaluationResult(loss_sum / count, correct / count, count)
 
 
-def _autocast(engine: Engine) -> contextlib.AbstractContextManager[Any]:
+def _autocast(engine: Engine) -> Any:
     """What the training step computes in."""
     if engine.args.bf16 or engine.args.fp16:
         dtype = torch.bfloat16 if engine.args.bf16 else torch.float16

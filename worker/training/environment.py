@@ -23,6 +23,9 @@ OFFLINE = {
 }
 """A trainer reads local folders only. These win over what the operator set."""
 
+ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+"""With several GPUs in sight the Trainer would split each batch among threads. The supervisor chooses the GPU."""
+
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -36,7 +39,7 @@ SECRETS = ("ANNEAL_API_KEY", "ANNEAL_DATABASE_URL", "ANNEAL_REDIS_URL", "HF_TOKE
 def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
     """`base` with what a trainer needs added and what it must not know removed. Applying it twice changes nothing.
 
-    Malloc and verbosity settings already in `base` are kept, so that an operator can tune them.
+    Malloc, GPU and verbosity settings already in `base` are kept, so that an operator can tune them.
     """
     kept = {name: value for name, value in base.items() if name not in SECRETS}
-    return {**MALLOC, **QUIET, **kept, **OFFLINE}
+    return {**MALLOC, **QUIET, **ONE_GPU, **kept, **OFFLINE}

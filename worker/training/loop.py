@@ -70,7 +70,7 @@ class Run:
             master_weights=resolved.master_weights,
             gradient_checkpointing=resolved.gradient_checkpointing,
         )
-        trainer = engine.build(weights, tokenizer, rows, resolved, hardware, Path(spec.work_dir))
+        trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir))
         first_step, tokens_before = self._where_to_resume()
         callback = callbacks.RunCallback(
             spec,

@@ -137,8 +137,8 @@ def save_model(model: Any, base: Path, target: Path, template: Template) -> None
 
 def saved_bytes(model: Any, *, resumable: bool) -> int:
     """About what a checkpoint takes on disk: the weights, and two moments in 32 bits if it is resumable."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = 8 * sum(p.numel() for p in model.parameters()) if resumable else 0
+    weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments: int = 8 * sum(p.numel() for p in model.parameters()) if resumable else 0
     return weights + moments
 
 

@@ -1,0 +1,289 @@
+"""`worker generate`: takes requests from Redis into free slots, decodes them, streams the answers back.
+
+    take ─▶ taken ─▶ model loaded ─▶ encoded ─▶ in the batch ─▶ text* ─▶ end
+              └────────────┴───────────┴────────────┴──▶ error | cancelled (its slot is free at once)
+
+Owns the generator's life and one task per request. Never touches the database, and never holds up the event loop:
+loading and tokenising happen in threads, decoding in each engine's own.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from redis.exceptions import RedisError
+
+from shared.errors import AppError, Unavailable
+from shared.generation import BEAT_S, MAX_ATTEMPTS
+from shared.generation_client import deadline_passed
+from shared.heartbeat import Heartbeat
+from shared.ids import new_id
+from shared.redis_client import connect_async
+from shared.settings import Settings
+from worker.generation.mailbox import Delivery, Mailbox
+from worker.generation.text import AnswerText
+
+if TYPE_CHECKING:
+    from worker.generation.cache import ModelCache
+    from worker.generation.engine import Engine
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+DRAIN_S = 5.0
+"""How long running answers may go on after SIGTERM."""
+FULL_POLL_S = 0.05
+"""How often a full generator looks whether it still is; a slot that frees up wakes it at once anyway."""
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    _configure_threads()
+    _import_engine()
+    asyncio.run(_serve(settings))
+
+
+def _configure_threads() -> None:
+    """Before torch is imported: its thread pool reads these once.
+
+    Passive waiting: beside a trainer on the same cores, threads that spin at every barrier make one token three times
+    slower than threads that sleep (measured on 2 cores, docs/decisions/0204-generation-threads.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _import_engine() -> None:
+    """Pay for torch and transformers before the first request does."""
+    import worker.generation.cache
+
+    log.info("engine imported: %s", worker.generation.cache.__name__)
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+    await Generator(settings).serve(stop)
+
+
+class Generator:
+    """One generator process. `serve` runs until `stop` is set."""
+
+    def __init__(self, settings: Settings) -> None:
+        from worker.generation.cache import ModelCache
+
+        self._settings = settings
+        self._redis = connect_async(settings)
+        self._mailbox = Mailbox(self._redis, new_id("generator"))
+        self._models: ModelCache = ModelCache(settings)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._deliveries: dict[str, Delivery] = {}
+        self._slot_freed = asyncio.Event()
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        with Heartbeat(self._settings, "generate", every_s=None) as heartbeat:
+            loops = [
+                asyncio.create_task(self._heart(heartbeat)),
+                asyncio.create_task(self._persistently(self._hear_cancellations)),
+                asyncio.create_task(self._mailbox.write_forever(lambda: None)),
+            ]
+            taking = [
+                asyncio.create_task(self._persistently(self._take)),
+                asyncio.create_task(self._persistently(self._take_over)),
+            ]
+            try:
+                await stop.wait()
+                await _stop(taking)
+                await self._drain()
+                await self._mailbox.leave()
+            finally:
+                await _stop([*taking, *loops, *self._running.values()])
+                await self._models.close()
+                await self._redis.aclose()
+
+    @property
+    def free_slots(self) -> int:
+        return self._settings.generation_slots - len(self._running)
+
+    async def _take(self) -> None:
+        while self.free_slots == 0:
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
+        for delivery in await self._mailbox.take(self.free_slots):
+            self._begin(delivery)
+
+    async def _take_over(self) -> None:
+        await asyncio.sleep(2 * BEAT_S)
+        if self.free_slots:
+            for delivery in await self._mailbox.take_over(self.free_slots):
+                self._begin(delivery)
+
+    async def _hear_cancellations(self) -> None:
+        for request_id in await self._mailbox.cancellations():
+            self._cancel(request_id)
+
+    async def _heart(self, heartbeat: Heartbeat) -> None:
+        """Beats for `anneal up` even while the broker is away: this process is not what hangs then."""
+        while True:
+            heartbeat.beat()
+            try:
+                gone = await self._mailbox.beat(delivery.request.replies for delivery in self._deliveries.values())
+                for delivery in list(self._deliveries.values()):
+                    if delivery.request.replies in gone:
+                        self._cancel(delivery.request.id)
+            except (RedisError, OSError) as error:
+                log.warning("no beat, the broker said: %s", error)
+            await asyncio.sleep(BEAT_S)
+
+    async def _persistently(self, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await step()
+            except (RedisError, OSError) as error:
+                log.warning("%s: the broker said: %s", step.__name__, error)
+                await asyncio.sleep(RETRY_S)
+
+    def _begin(self, delivery: Delivery) -> None:
+        request_id = delivery.request.id
+        task = asyncio.create_task(self._answer(delivery))
+        self._running[request_id] = task
+        self._deliveries[request_id] = delivery
+        task.add_done_callback(functools.partial(self._finished, request_id))
+
+    def _finished(self, request_id: str, task: asyncio.Task[None]) -> None:
+        del self._running[request_id], self._deliveries[request_id]
+        self._slot_freed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("request %s failed", request_id, exc_info=error)
+
+    def _cancel(self, request_id: str) -> None:
+        if task := self._running.get(request_id):
+            self._deliveries[request_id].drop()
+            task.cancel()
+
+    async def _answer(self, delivery: Delivery) -> None:
+        left_s = delivery.request.deadline_s - delivery.age_s
+        try:
+            if delivery.attempt > MAX_ATTEMPTS:
+                raise AppError(
+                    f"this request was given up after {MAX_ATTEMPTS} generators died of it", code="generator_crashed"
+                )
+            delivery.taken()
+            async with asyncio.timeout(left_s):
+                await _Decoding(delivery).run(self._models)
+        except TimeoutError:
+            delivery.error(deadline_passed(delivery.request.deadline_s))
+        except AppError as error:
+            delivery.error(error)
+        except Exception:
+            delivery.error(AppError("the generator failed on this request; its log has the details"))
+            raise
+
+    async def _drain(self) -> None:
+        """Let running answers end, then tell the clients of those that did not."""
+        if self._running:
+            await asyncio.wait(list(self._running.values()), timeout=DRAIN_S)
+        for request_id, task in list(self._running.items()):
+            delivery = self._deliveries[request_id]
+            if delivery.is_settled:
+                delivery.error(Unavailable("the generator is being shut down; try again", code="generator_lost"))
+            task.cancel()
+
+
+class _Decoding:
+    """One request inside an engine."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self, models: "ModelCache") -> None:
+        request = self._delivery.request
+        async with models.use(request.location, request.model) as engine:
+            messages = [message.model_dump() for message in request.messages]
+            prompt_ids = await asyncio.to_thread(engine.encode, messages)
+            max_tokens = engine.room_for(len(prompt_ids), request.max_tokens)
+            await self._decode(engine, prompt_ids, max_tokens)
+
+    async def _decode(self, engine: "Engine", prompt_ids: list[int], max_tokens: int) -> None:
+        from worker.generation.engine import Sampling
+
+        request = self._delivery.request
+        seed = request.seed if request.seed is not None else secrets.randbits(62)
+        text = AnswerText(engine.tokenizer, request.stop)
+        # Not the client's id: a request that comes back after a redelivery must not meet its own remains.
+        engine_id = f"{request.id}/{self._delivery.attempt}"
+
+        def on_tokens(tokens: list[int], is_complete: bool, error: str | None) -> None:
+            if self._done.done():
+                return
+            try:
+                self._take(engine, text, tokens, is_complete, error, len(prompt_ids))
+            except Exception as failure:
+                self._done.set_exception(failure)
+
+        engine.start(engine_id, prompt_ids, max_tokens, Sampling(request.temperature, request.top_p, seed), on_tokens)
+        is_complete = False
+        try:
+            await self._done
+            is_complete = not text.stopped
+        finally:
+            if not is_complete:
+                engine.cancel(engine_id)
+
+    def _take(
+        self,
+        engine: "Engine",
+        text: AnswerText,
+        tokens: list[int],
+        is_complete: bool,
+        error: str | None,
+        prompt_tokens: int,
+    ) -> None:
+        if error is not None:
+            raise Unavailable(f"the engine failed: {error}; try again", code="engine_failed")
+        piece = ""
+        for token in tokens:
+            piece += text.push(token)
+            if text.stopped:
+                break
+        if is_complete and not text.stopped:
+            piece += text.finish()
+        if piece:
+            self._delivery.text(piece)
+        if is_complete or text.stopped:
+            ended = text.stopped or (bool(tokens) and tokens[-1] in engine.end_ids)
+            self._delivery.end(
+                finish_reason="stop" if ended else "length",
+                prompt_tokens=prompt_tokens,
+                completion_tokens=text.token_count,
+            )
+            self._done.set_result(None)
+
+
+async def _stop(tasks: "list[asyncio.Task[None]]") -> None:
+    for task in tasks:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    from shared import logs
+    from shared.settings import get_settings
+
+    logs.configure(get_settings().log_level)
+    run(get_settings())

@@ -1,0 +1,264 @@
+"""A generator's end of the protocol in `shared.generation`: take requests, hear of cancellations, send chunks.
+
+Owns this generator's place in the consumer group, its beat, and the chunks not written yet. Knows nothing of models.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis.asyncio
+from pydantic import ValidationError
+from redis.exceptions import RedisError, ResponseError
+
+from shared.errors import AppError
+from shared.generation import (
+    CANCELS,
+    GENERATORS,
+    GROUP,
+    KEY_TTL_S,
+    MAX_REPLIES,
+    REQUESTS,
+    SILENT_MS,
+    Chunk,
+    End,
+    Error,
+    GenerationRequest,
+    Taken,
+    Text,
+    alive_key,
+    cancelled_key,
+    dump_chunks,
+    error_fields,
+)
+
+log = logging.getLogger(__name__)
+
+READ_BLOCK_MS = 1_000
+RETRY_S = 0.2
+MAX_UNSENT = 50_000
+"""Chunks kept while the broker is away; past it the oldest go, and their readers see the gap."""
+
+
+@dataclass
+class Delivery:
+    """One request as this generator holds it; numbers and sends its chunks."""
+
+    mailbox: "Mailbox"
+    entry_id: bytes
+    request: GenerationRequest
+    attempt: int
+    age_s: float
+    """Since its submission, when it was taken."""
+    sequence: int = field(default=0)
+    is_settled: bool = field(default=False)
+    """Out of the queue: nobody else may start it any more."""
+
+    def taken(self) -> None:
+        self._send(Taken, {})
+
+    def text(self, text: str) -> None:
+        self._send(Text, {"text": text})
+
+    def end(self, **fields: Any) -> None:
+        self._send(End, fields)
+
+    def error(self, error: AppError) -> None:
+        self._send(Error, error_fields(error))
+
+    def drop(self) -> None:
+        """Out of the queue without a word: nobody wants it any more."""
+        self.mailbox._settle(self)
+
+    def _send(self, kind: type[Taken] | type[Text] | type[End] | type[Error], fields: dict[str, Any]) -> None:
+        chunk = kind(
+            id=self.request.id,
+            generator=self.mailbox.name,
+            attempt=self.attempt,
+            sequence=self.sequence,
+            **fields,
+        )
+        self.sequence += 1
+        self.mailbox._queue(self.request.replies, chunk)
+        if kind is not Taken:
+            self.mailbox._settle(self)
+
+
+class Mailbox:
+    """Used by one generator on one event loop."""
+
+    def __init__(self, connection: redis.asyncio.Redis, name: str) -> None:
+        self._redis = connection
+        self.name = name
+        self._pending: dict[bytes, Delivery] = {}
+        """Taken, and redelivered to others if this generator dies now."""
+        self._unsent: dict[str, list[Chunk]] = defaultdict(list)
+        self._settled: list[bytes] = []
+        self._has_unsent = asyncio.Event()
+        self._last_cancel: str | None = None
+
+    async def take(self, count: int, wait_ms: int = READ_BLOCK_MS) -> list[Delivery]:
+        """Up to `count` requests that nobody has yet; an empty list after `wait_ms`.
+
+        Raises:
+            RedisError, OSError: the broker is away.
+        """
+        try:
+            found: Any = await self._redis.xreadgroup(GROUP, self.name, {REQUESTS: ">"}, count=count, block=wait_ms)
+        except ResponseError as error:
+            # The first request ever, or the stream expired, possibly while this was waiting for it.
+            if not any(sign in str(error) for sign in ("NOGROUP", "UNBLOCKED")):
+                raise
+            await self._make_group()
+            return []
+        entries = found[0][1] if found else []
+        return await self._accept([(entry_id, fields, 1) for entry_id, fields in entries])
+
+    async def take_over(self, count: int) -> list[Delivery]:
+        """Requests of generators that died before they sent any text."""
+        try:
+            found: Any = await self._redis.xautoclaim(REQUESTS, GROUP, self.name, SILENT_MS, count=count)
+            entries = [(entry_id, fields) for entry_id, fields in found[1] if fields and entry_id not in self._pending]
+            if not entries:
+                return []
+            times: Any = await self._redis.xpending_range(REQUESTS, GROUP, "-", "+", 1000, consumername=self.name)
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return []
+        delivered = {item["message_id"]: item["times_delivered"] for item in times}
+        return await self._accept([(entry_id, fields, delivered.get(entry_id, 2)) for entry_id, fields in entries])
+
+    async def _accept(self, entries: list[tuple[bytes, dict[bytes, bytes], int]]) -> list[Delivery]:
+        if not entries:
+            return []
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.time()
+        requests = [_parse(fields) for _, fields, _ in entries]
+        for request in requests:
+            pipeline.exists(cancelled_key(request.id) if request else "")
+        (seconds, microseconds), *cancelled = await pipeline.execute()
+        now_ms = seconds * 1000 + microseconds // 1000
+        accepted = []
+        for (entry_id, _, attempt), request, is_cancelled in zip(entries, requests, cancelled, strict=True):
+            if request is None or is_cancelled:
+                self._settled.append(entry_id)
+                self._has_unsent.set()
+                continue
+            age_s = (now_ms - int(entry_id.split(b"-")[0])) / 1000
+            delivery = Delivery(self, entry_id, request, attempt, age_s)
+            self._pending[entry_id] = delivery
+            accepted.append(delivery)
+        return accepted
+
+    async def cancellations(self) -> list[str]:
+        """Ids cancelled since the last call; waits up to a second for one."""
+        if self._last_cancel is None:
+            newest: Any = await self._redis.xrevrange(CANCELS, count=1)
+            self._last_cancel = newest[0][0].decode() if newest else "0"
+        streams: Any = await self._redis.xread({CANCELS: self._last_cancel}, count=1000, block=READ_BLOCK_MS)
+        ids = []
+        for _, entries in streams:
+            for entry_id, fields in entries:
+                self._last_cancel = entry_id.decode()
+                ids.append(fields[b"id"].decode())
+        return ids
+
+    async def beat(self, readers: Iterable[str]) -> set[str]:
+        """Say that this generator lives and still has what it took; return the reply streams nobody reads any more."""
+        seconds, microseconds = await self._redis.time()
+        now_ms = seconds * 1000 + microseconds // 1000
+        keys = sorted(set(readers))
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.zadd(GENERATORS, {self.name: now_ms})
+        pipeline.zremrangebyscore(GENERATORS, "-inf", now_ms - KEY_TTL_S * 1000)
+        pipeline.expire(GENERATORS, KEY_TTL_S)
+        for key in keys:
+            pipeline.exists(alive_key(key))
+        _, _, _, *alive = await pipeline.execute()
+        if self._pending:
+            with contextlib.suppress(ResponseError):  # the stream expired: its requests are past their deadlines
+                await self._renew()
+        return {key for key, is_alive in zip(keys, alive, strict=True) if not is_alive}
+
+    async def _renew(self) -> None:
+        mine: Any = await self._redis.xpending_range(REQUESTS, GROUP, "-", "+", 1000, consumername=self.name)
+        # Only what is still ours: after a long freeze somebody else has the rest, and must keep it.
+        ids: Any = [item["message_id"] for item in mine if item["message_id"] in self._pending]
+        if ids:
+            await self._redis.xclaim(REQUESTS, GROUP, self.name, 0, ids, idle=0, justid=True)
+
+    async def leave(self) -> None:
+        """Write what is left, and let others take over at once what was not begun."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._write()
+            if self._pending:
+                with contextlib.suppress(ResponseError):
+                    ids: Any = list(self._pending)
+                    await self._redis.xclaim(REQUESTS, GROUP, self.name, 0, ids, idle=SILENT_MS, justid=True)
+            await self._redis.zrem(GENERATORS, self.name)
+
+    async def write_forever(self, on_progress: Callable[[], None]) -> None:
+        """Write chunks as they come, those of one moment together."""
+        while True:
+            await self._has_unsent.wait()
+            try:
+                await self._write()
+                on_progress()
+            except (RedisError, OSError) as error:
+                log.warning("chunks can't be written: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _write(self) -> None:
+        self._has_unsent.clear()
+        unsent, self._unsent = self._unsent, defaultdict(list)
+        settled, self._settled = self._settled, []
+        pipeline = self._redis.pipeline(transaction=True)
+        for key, chunks in unsent.items():
+            pipeline.xadd(key, {"chunks": dump_chunks(chunks)}, maxlen=MAX_REPLIES, approximate=True)
+            pipeline.expire(key, KEY_TTL_S)
+        if settled:
+            pipeline.xdel(REQUESTS, *settled)
+        try:
+            await pipeline.execute()
+            if settled:
+                with contextlib.suppress(ResponseError):  # the group went with its stream
+                    await self._redis.xack(REQUESTS, GROUP, *settled)
+        except BaseException:
+            for key, chunks in unsent.items():  # readers drop what arrives twice
+                self._unsent[key][:0] = chunks
+                del self._unsent[key][:-MAX_UNSENT]
+            self._settled[:0] = settled
+            self._has_unsent.set()
+            raise
+
+    def _queue(self, replies: str, chunk: Chunk) -> None:
+        self._unsent[replies].append(chunk)
+        self._has_unsent.set()
+
+    def _settle(self, delivery: Delivery) -> None:
+        if not delivery.is_settled:
+            delivery.is_settled = True
+            self._pending.pop(delivery.entry_id, None)
+            self._settled.append(delivery.entry_id)
+            self._has_unsent.set()
+
+    async def _make_group(self) -> None:
+        try:
+            await self._redis.xgroup_create(REQUESTS, GROUP, id="0", mkstream=True)
+            await self._redis.expire(REQUESTS, KEY_TTL_S)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+
+def _parse(fields: dict[bytes, bytes]) -> GenerationRequest | None:
+    try:
+        return GenerationRequest.model_validate_json(fields[b"request"])
+    except (KeyError, ValidationError) as error:
+        log.error("a request is not of this protocol and was dropped: %s", error)
+        return None
