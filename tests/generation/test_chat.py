@@ -161,7 +161,7 @@ def test_the_context_cannot_be_exceeded(generator: RunningGenerator, sdk: openai
 def test_least_recently_used_models_are_evicted_under_the_budget(
     start_generator: Callable[..., RunningGenerator], sdk: openai.OpenAI
 ) -> None:
-    models = start_generator(generation_memory_bytes=700_000).generator._models
+    models = start_generator(generation_memory_bytes=450_000).generator._models
     first = ask(sdk, model="acme/tiny").choices[0].message.content
     ask(sdk, model="acme/other")
     assert models.locations == ["base:acme/other"], "two don't fit"
