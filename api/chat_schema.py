@@ -9,6 +9,7 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -57,13 +58,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """OpenAI's parameters that this engine does not honour, with the values that ask for nothing (null always does)."""
 
 
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and can't be written anywhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no Unicode text") from error
+    return text
+
+
+Unicode = Annotated[StrictStr, AfterValidator(_encodable)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: StrictStr
+    text: Unicode
 
 
 def _branch(value: object) -> str:
@@ -71,7 +84,7 @@ def _branch(value: object) -> str:
 
 
 Content = Annotated[
-    Annotated[StrictStr, Tag("str")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")],
+    Annotated[Unicode, Tag("str")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")],
     Discriminator(_branch),  # so that a wrong part is reported as that part, not as "no string"
 ]
 
@@ -109,7 +122,7 @@ class StreamOptions(_Strict):
 class ChatRequest(_Strict):
     """The parameters that are honoured, and in `NEUTRAL` those that are not."""
 
-    model: Annotated[StrictStr, Field(min_length=1, max_length=512)]
+    model: Annotated[Unicode, Field(min_length=1, max_length=512)]
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
@@ -118,7 +131,7 @@ class ChatRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2, strict=True)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: Unicode | list[Unicode] | None = None
     user: Annotated[StrictStr, Field(max_length=512)] | None = None
     safety_identifier: Annotated[StrictStr, Field(max_length=512)] | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[StrictStr, Field(max_length=512)]] | None = None

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The yardstick: a fine-tuning script as Unsloth's tutorials show it, sharing no code with the project.
 
-    python benchmarks/plain_unsloth.py --data alpaca.json --model FOLDER --out FILE.json [--master fp32|bf16] [--steps N]
+    python benchmarks/plain_unsloth.py --data alpaca.json --model FOLDER --out FILE [--master fp32|bf16] [--steps 60]
 
 Full fine-tuning on Alpaca rows with ChatML, loss on the answers only, 2 x 4 conversations a step, 2e-4. `--master bf16`
 is what Unsloth does by default on GPU; `fp32` is its `float32_mixed_precision=True`.

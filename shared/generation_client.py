@@ -15,6 +15,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from shared import tasks
 from shared.errors import AppError, TooManyRequests, Unavailable
 from shared.generation import (
     BEAT_S,
@@ -171,9 +172,7 @@ class GenerationClient:
             answer.cancel()
         if self._errands:
             await asyncio.wait(self._errands, timeout=2)
-        for task in (*self._loops, *self._errands):
-            task.cancel()
-        await asyncio.gather(*self._loops, *self._errands, return_exceptions=True)
+        await tasks.end([*self._loops, *self._errands])
         with contextlib.suppress(RedisError, OSError):
             await self._redis.delete(self._replies, alive_key(self._replies))
         await self._redis.aclose()

@@ -84,7 +84,7 @@ def _run(console: Console, service: Service, start_s: float) -> report.Run:
     tickets = work.held_out_tickets()
     seconds = {"start": start_s}
     with work.connect(service.url) as client:
-        before = _answers(console, client, work.BASE_MODEL, "Base model ", tickets, seconds)
+        before = _answers(console, client, work.BASE_MODEL, "Base model", tickets, seconds)
         began = time.monotonic()
         metrics: list[dict[str, Any]] = []
         tuned = _train(console, client, metrics)
@@ -109,7 +109,7 @@ def _answers(
             found[index] = answer
             update(len(found), f"{clock(time.monotonic() - began)} so far")
     prompts = work.answer_prompts(client, model)
-    seconds[f"{title.strip().lower()} answers"] = time.monotonic() - began
+    seconds[f"{title.lower()} answers"] = time.monotonic() - began
     return report.Answers(model, [found[i] for i in range(len(tickets))], prompts)
 
 

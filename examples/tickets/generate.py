@@ -13,32 +13,20 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from examples.tickets.patterns import CATEGORIES, MONTHS, PRIORITIES, PRODUCTS, TEST, TRAIN, VALIDATION, Patterns
 
 SEED = 20260
 ROWS = {"train": 528, "validation": 40, "test": 120}
 PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-SYSTEM = "Triage the ticket as JSON: category, priority, product, needs_reply."
-
-UNNAMED_SHARE = 0.12
-"""Tickets that name no product; their `product` is null."""
-UNNAMED = {
-    "train": (
-        *("the device", "my device", "your product", "the thing I bought", "the gadget", "this article", "the unit"),
-        *("my purchase", "the machine", "one of your products", "what I bought from you", "my order", "the appliance"),
-    ),
-    "validation": ("the item", "my new device", "your gadget"),
-    "test": ("my gadget", "the item", "your device"),
-}
-UNNAMED_BARE = ("device", "gadget", "product", "unit", "machine")
-ANSWERS: tuple[bool | None, ...] = (False, False, False, True, None)
-"""What a ticket says about an answer, in equal parts; None says nothing and wants one, as people do."""
-ANSWERS_TO_QUESTIONS: tuple[bool | None, ...] = (True, None)
-"""The same for a ticket that asks something: nobody asks and then wants no answer."""
-
-T = TypeVar("T")
+SYSTEM = (
+    "Triage the ticket as JSON: category (billing, delivery, defect, access, usage), priority (low, high), product, "
+    "needs_reply."
+)
+ANSWERS = (False, False, True)
+"""What tickets say about an answer, in equal parts."""
+NOISY_SHARE = {"lower case": 0.1, "no punctuation": 0.05, "typos": 0.15}
 
 
 class Deck:
@@ -63,39 +51,29 @@ def tickets(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     urgencies = {priority: Deck(sentences, rng) for priority, sentences in patterns.urgency.items()}
     answers = {wanted: Deck(sentences, rng) for wanted, sentences in patterns.answer.items()}
     fillers, openings, closings = (Deck(d, rng) for d in (patterns.filler, patterns.opening, patterns.closing))
-    categories, priorities, products = (Deck(d, rng) for d in (CATEGORIES, PRIORITIES, PRODUCTS))
-    said_with = {False: Deck(ANSWERS, rng), True: Deck(ANSWERS_TO_QUESTIONS, rng)}
+    categories, priorities, products, wishes = (Deck(d, rng) for d in (CATEGORIES, PRIORITIES, PRODUCTS, ANSWERS))
     while True:
-        category, priority = categories.draw(), priorities.draw()
-        product = None if rng.random() < UNNAMED_SHARE else products.draw()
+        category, priority, product = categories.draw(), priorities.draw(), products.draw()
         issue = issues[category].draw()
-        said = said_with[category == "usage" or issue.endswith("?")].draw()
-        sentences = [_name_product(issue, product, split, rng)]
-        if priority in urgencies:
-            sentences.append(urgencies[priority].draw())
-        if said is not None:
-            sentences.append(answers[said].draw())
-        sentences += [fillers.draw() for _ in range(rng.choice((0, 0, 1, 1, 2)))]
+        asks = category == "usage" or issue.endswith("?")
+        needs_reply = True if asks else wishes.draw()  # nobody asks something and then wants no answer
+        sentences = [_name_product(issue, product, rng), urgencies[priority].draw(), answers[needs_reply].draw()]
+        sentences += [fillers.draw() for _ in range(rng.choice((0, 1, 2)))]
         rng.shuffle(sentences)
         opening = openings.draw() if rng.random() < 0.4 else ""
         closing = closings.draw() if rng.random() < 0.3 else ""
         text = _fill(" ".join(filter(None, (opening, *sentences, closing))), rng)
-        labels = {"category": category, "priority": priority, "product": product, "needs_reply": said is not False}
+        labels = {"category": category, "priority": priority, "product": product, "needs_reply": needs_reply}
         yield _roughen(text, product, rng), labels
 
 
-def _name_product(sentence: str, product: str | None, split: str, rng: random.Random) -> str:
-    """Put the product, or a word for it, where the pattern has {p}."""
-    determined = re.search(r"\b(the|my|our|your) \{p\}|\{p\} app", sentence) is not None
-    if product is None:
-        named = rng.choice(UNNAMED[split])
-        if determined:
-            named = rng.choice(UNNAMED_BARE)
-    else:
-        bare = rng.choices((product, product.lower(), product.split()[0]), (6, 2, 2))[0]
-        named = bare if determined else rng.choice(("the ", "my ", "our ", "")) + bare
+def _name_product(sentence: str, product: str, rng: random.Random) -> str:
+    """Put the product where the pattern has {p}: its name, the name in lower case, or its first word."""
+    named = rng.choices((product, product.lower(), product.split()[0]), (6, 2, 2))[0]
+    if re.search(r"\b(the|my|our|your|no) \{p\}|\{p\} app", sentence) is None:
+        named = rng.choice(("the ", "my ", "our ", "")) + named
     sentence = sentence.replace("{p}", named)
-    return sentence[0].upper() + sentence[1:] if sentence[0] == named[0] else sentence
+    return sentence[0].upper() + sentence[1:] if sentence.startswith(named) else sentence
 
 
 def _fill(text: str, rng: random.Random) -> str:
@@ -108,14 +86,14 @@ def _fill(text: str, rng: random.Random) -> str:
     return re.sub(r"\{[mnao]\}", lambda match: values[match.group()](), text)
 
 
-def _roughen(text: str, product: str | None, rng: random.Random) -> str:
-    """Make one ticket in three look typed in haste. The product's name stays whole; a human must be able to tell."""
-    if rng.random() < 0.15:
+def _roughen(text: str, product: str, rng: random.Random) -> str:
+    """Make some tickets look typed in haste. The product's name stays whole; a human must be able to tell."""
+    if rng.random() < NOISY_SHARE["lower case"]:
         text = text.lower()
-    if rng.random() < 0.08:
+    if rng.random() < NOISY_SHARE["no punctuation"]:
         text = re.sub(r"[.,](?= |$)", "", text)
-    if rng.random() < 0.2:
-        kept = {word.lower() for word in (product or "").split()}
+    if rng.random() < NOISY_SHARE["typos"]:
+        kept = {word.lower() for word in product.split()}
         words = text.split(" ")
         long = [i for i, word in enumerate(words) if len(word) > 5 and word.isalpha() and word.lower() not in kept]
         for i in rng.sample(long, min(len(long), rng.randint(1, 2))):

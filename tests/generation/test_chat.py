@@ -88,6 +88,20 @@ def test_the_same_seed_gives_the_same_text_in_any_company(generator: RunningGene
     assert len(set(company)) == 7
 
 
+def test_more_text_than_the_cache_holds_is_decoded_all_the_same(
+    generator: RunningGenerator, sdk: openai.OpenAI
+) -> None:
+    """The cache has room for two whole contexts; eight answers fill it several times over and push each other out."""
+
+    def sampled(seed: int) -> str:
+        answer = ask(sdk, temperature=1.0, seed=seed, max_tokens=CONTEXT - 30)
+        return str(answer.choices[0].message.content)
+
+    with ThreadPoolExecutor(8) as pool:
+        company = list(pool.map(sampled, range(8)))
+    assert company == [sampled(seed) for seed in range(8)]
+
+
 def test_without_a_seed_answers_differ(generator: RunningGenerator, sdk: openai.OpenAI) -> None:
     assert len({ask(sdk, temperature=1.0, max_tokens=40).choices[0].message.content for _ in range(3)}) == 3
 
@@ -126,7 +140,7 @@ def test_a_client_that_leaves_a_plain_request_frees_its_slot_too(
     start_generator: Callable[..., RunningGenerator], server: str
 ) -> None:
     running = start_generator(generation_slots=1).generator
-    body = {"model": "acme/slow", "messages": user("hi"), "max_tokens": 8000}
+    body = {"model": "acme/slow", "messages": user("hi"), "max_tokens": 8000, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=3))
     wait_until(lambda: running.free_slots == 1, timeout_s=2)
@@ -213,9 +227,35 @@ def test_every_key_expires(generator: RunningGenerator, sdk: openai.OpenAI, brok
 
 @pytest.mark.parametrize("environment", [{"ANNEAL_GENERATION_DEADLINE_S": "3"}], indirect=True)
 def test_the_deadline_ends_a_stream_with_an_error_event(generator: RunningGenerator, sdk: openai.OpenAI) -> None:
+    ask(sdk, model="acme/slow", max_tokens=1)  # loading it takes part of the time
     text = ""
     with pytest.raises(openai.APIError, match=r"within 3 s \(ANNEAL_GENERATION_DEADLINE_S\)"):
         for chunk in ask(sdk, model="acme/slow", stream=True, max_tokens=8000):
             text += chunk.choices[0].delta.content or ""
     assert text
     wait_until(lambda: not generator.generator._running, timeout_s=2)
+
+
+def test_the_sdks_helpers_work(generator: RunningGenerator, sdk: openai.OpenAI) -> None:
+    stop = ask(sdk).choices[0].message.content[8:10]  # they insist on an answer that is complete
+    options: dict[str, Any] = {"model": TINY, "messages": user("hi"), "max_tokens": 20, "temperature": 0, "stop": stop}
+    plain = sdk.chat.completions.create(**options).choices[0].message.content
+    with sdk.chat.completions.stream(**options) as events:
+        assert events.get_final_completion().choices[0].message.content == plain
+    assert sdk.chat.completions.parse(**options).choices[0].message.content == plain
+
+
+def test_an_engine_that_fails_is_replaced(
+    generator: RunningGenerator, sdk: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ask(sdk).choices[0].message.content
+    engine = generator.generator._models._models["base:acme/tiny"].engine
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(engine._manager.batch_processor, "_generation_step", fail)
+    with pytest.raises(openai.InternalServerError, match="out of memory, say") as caught:
+        ask(sdk)
+    assert caught.value.code == "engine_failed"
+    assert ask(sdk).choices[0].message.content == before

@@ -16,7 +16,9 @@ from shared.trainer_protocol import Message, parse
 from shared.training_spec import TrainerSpec
 
 # Unsloth patches what is imported after it, so it must come before the tests' own transformers.
-os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(
+    HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY="PASSIVE"
+)
 
 SMOLLM2_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -25,7 +27,7 @@ SMOLLM2_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = "ticket printer invoice urgent password reset please broken the my is not working thank you hello order".split()
+WORDS = ["ticket", "printer", "invoice", "urgent", "password", "reset", "please", "broken", "the", "thank", "hello"]
 
 
 def sentence(generator: random.Random, words: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ def test_a_cancel_while_loading_stops_without_a_step(tmp_path: Path, make_spec: 
     trainer = TrainerProcess(make_spec(tmp_path, training={"max_steps": 3, "packing": "rows"}), tmp_path)
     while not (tmp_path / "work").exists():  # made once the handlers are in place, before the slow imports
         assert trainer.process.poll() is None, trainer.stderr()
+        time.sleep(0.02)
     trainer.process.send_signal(signal.SIGUSR1)
     outcome = trainer.finish()
     assert outcome.status == 0

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.utils import logging as transformers_logging
 
 from shared.errors import BadRequest, Unavailable
 from worker import tokenizers
@@ -27,6 +28,12 @@ from worker.base_models import check_folder
 from worker.generation.sampling import SeededSampling
 
 log = logging.getLogger(__name__)
+
+transformers_logging.disable_progress_bar()
+_batching_log = logging.getLogger("ContinuousBatchingLogger")
+_batching_log.handlers.clear()  # it brings one of its own, which writes no JSON
+_batching_log.propagate = True
+_batching_log.setLevel(logging.WARNING)
 
 BLOCK_TOKENS = 64
 """Tokens in one block of the key-value cache: small enough to waste little, large enough to keep the tables short."""

@@ -8,7 +8,6 @@ loading and tokenising happen in threads, decoding in each engine's own.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
+from shared import tasks
 from shared.errors import AppError, Unavailable
 from shared.generation import BEAT_S, MAX_ATTEMPTS
 from shared.generation_client import deadline_passed
@@ -98,7 +98,7 @@ class Generator:
             loops = [
                 asyncio.create_task(self._heart(heartbeat)),
                 asyncio.create_task(self._persistently(self._hear_cancellations)),
-                asyncio.create_task(self._mailbox.write_forever(lambda: None)),
+                asyncio.create_task(self._mailbox.write_forever()),
             ]
             taking = [
                 asyncio.create_task(self._persistently(self._take)),
@@ -106,11 +106,11 @@ class Generator:
             ]
             try:
                 await stop.wait()
-                await _stop(taking)
+                await tasks.end(taking)
                 await self._drain()
                 await self._mailbox.leave()
             finally:
-                await _stop([*taking, *loops, *self._running.values()])
+                await tasks.end([*taking, *loops, *self._running.values()])
                 await self._models.close()
                 await self._redis.aclose()
 
@@ -272,13 +272,6 @@ class _Decoding:
                 completion_tokens=text.token_count,
             )
             self._done.set_result(None)
-
-
-async def _stop(tasks: "list[asyncio.Task[None]]") -> None:
-    for task in tasks:
-        task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 if __name__ == "__main__":

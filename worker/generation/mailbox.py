@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,13 +202,12 @@ class Mailbox:
                     await self._redis.xclaim(REQUESTS, GROUP, self.name, 0, ids, idle=SILENT_MS, justid=True)
             await self._redis.zrem(GENERATORS, self.name)
 
-    async def write_forever(self, on_progress: Callable[[], None]) -> None:
+    async def write_forever(self) -> None:
         """Write chunks as they come, those of one moment together."""
         while True:
             await self._has_unsent.wait()
             try:
                 await self._write()
-                on_progress()
             except (RedisError, OSError) as error:
                 log.warning("chunks can't be written: %s", error)
                 await asyncio.sleep(RETRY_S)

@@ -6,6 +6,7 @@ step ends → stop asked? → log → metrics out, finite? → evaluate if due �
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         counts = self._trainer.counts
         tokens = counts.tokens - self._reported.tokens
         conversations = counts.conversations - self._reported.conversations
-        self._reported = engine.Counts(counts.tokens, counts.conversations)
+        learned, correct = counts.learned - self._reported.learned, counts.correct - self._reported.correct
+        self._reported = replace(counts)
         logging_steps = (self._resolved.model_extra or {})["logging_steps"]
         if step % logging_steps and step < self._resolved.max_steps:
             return
-        accuracy = logs.get("mean_token_accuracy")
+        accuracy = correct / learned if learned else logs.get("mean_token_accuracy")
         self._reporter.send(
             Metrics(
                 step=step,

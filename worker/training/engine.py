@@ -1,6 +1,6 @@
-"""TRL's SFTTrainer under Unsloth, bent in five places: order, counting, evaluation, checkpoints, stopping early.
+"""TRL's SFTTrainer under Unsloth, bent in five places: order, counting, the loss on CPU, evaluation, checkpoints.
 
-CPU and GPU runs share every line; what differs between them was decided in `resolve` and `model`.
+CPU and GPU runs share every line but the loss; what else differs was decided in `resolve` and `model`.
 Importing this module imports unsloth, before trl and transformers, as it must be.
 """
 
@@ -22,6 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from shared.training_spec import Resolved
+from worker.training import head
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
 
@@ -34,10 +35,12 @@ OPTIMIZERS = {"adamw_8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}
 
 @dataclass(slots=True)
 class Counts:
-    """Non-padding tokens and conversations trained on."""
+    """What has been trained on. `learned` tokens had a label, `correct` ones were the likeliest: known on CPU only."""
 
     tokens: int = 0
     conversations: int = 0
+    learned: int = 0
+    correct: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class EvaluationResult:
     """Tokens the loss is taken over."""
 
 
-class StepOrder(Sampler[int]):
+class StepOrder(Sampler[int]):  # type: ignore[misc]  # torch is not analysed
     """The Trainer's own shuffled order, conversations of like length next to each other within a step."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -81,12 +84,14 @@ class CountingCollator:
         return batch
 
 
-class Engine(SFTTrainer):  # type: ignore[misc]  # the library has no types
+class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     """See the module. `owner` is the run's callback: it publishes checkpoints and is told of evaluations."""
 
     owner: Any
     step_order: StepOrder
     counts: Counts
+    own_head: bool
+    """The loss is `head.loss_sum`."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.step_order
@@ -95,6 +100,25 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # the library has no types
         self.counts.tokens += inputs.pop(TOKENS)
         self.counts.conversations += inputs.pop(CONVERSATIONS)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.own_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        bare = self.bare_model()
+        targets = inputs["labels"][:, 1:]
+        learned = targets != IGNORED
+        with _autocast(self):
+            hidden = bare.base_model(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+            ).last_hidden_state
+            loss, correct = head.loss_sum(
+                hidden[:, :-1][learned], bare.get_output_embeddings().weight, targets[learned]
+            )
+        self.counts.correct += correct
+        self.counts.learned += int(learned.sum())
+        return loss / num_items_in_batch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Called by the training loop when the callback has asked for it."""
@@ -173,6 +197,7 @@ def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, w
     engine.data_collator = CountingCollator(engine.data_collator)
     engine.step_order = StepOrder([len(row.ids) for row in rows], resolved.batch_size, engine.args.data_seed)
     engine.counts = Counts()
+    engine.own_head = engine.args.device.type == "cpu" and head.is_plain(engine.bare_model())
     return engine
 
 

@@ -52,11 +52,13 @@ class Run:
         template = templates.choose(spec.training.chat_template, tokenizer)
 
         # Data.
-        rows, validation = self._read_data(template, tokenizer, hardware)
+        longest = resolve.longest_conversation(spec, model.position_limit(base))
+        rows, validation = self._read_data(template, tokenizer, hardware, longest)
         self.resolved = resolved = resolve.resolve(
             spec,
             hardware,
             rows=len(rows),
+            longest=longest,
             has_validation=spec.validation_file is not None,
             chat_template=template.name,
         )
@@ -118,27 +120,26 @@ class Run:
         )
 
     def _read_data(
-        self, template: templates.Template, tokenizer: templates.Tokenizer, hardware: resolve.Hardware
+        self, template: templates.Template, tokenizer: templates.Tokenizer, hardware: resolve.Hardware, longest: int
     ) -> tuple[list[data.Example], list[data.Example]]:
         """The training rows, packed if asked for, and the validation conversations, never packed."""
         spec, training = self.spec, self.spec.training
-        longest = training.max_seq_length
         examples = data.load_training(Path(spec.training_file), template, tokenizer, longest, training.train_on)
-        self._tell_losses(examples, "training")
+        self._tell_losses(examples, "training", longest)
         rows = examples.rows
         if training.packing == "rows":
-            rows = data.pack(rows, resolve.packed_row_length(spec, hardware), spec.seed)
+            rows = data.pack(rows, resolve.packed_row_length(longest, hardware), spec.seed)
         validation: list[data.Example] = []
         if spec.validation_file is not None:
             held_out = data.load_validation(Path(spec.validation_file), template, tokenizer, longest, training.train_on)
-            self._tell_losses(held_out, "validation")
+            self._tell_losses(held_out, "validation", longest)
             validation = held_out.rows
         return rows, validation
 
-    def _tell_losses(self, examples: data.Examples, which: str) -> None:
+    def _tell_losses(self, examples: data.Examples, which: str, longest: int) -> None:
         if examples.cut:
             self.reporter.warn(
-                f"{examples.cut} {which} rows are longer than {self.spec.training.max_seq_length} tokens and were cut"
+                f"{examples.cut} {which} rows are longer than {longest} tokens and were cut"
                 + (f"; {examples.dropped} of them had no answer left and were dropped" if examples.dropped else "")
                 + ". Raise training.max_seq_length to keep them whole.",
                 cut=examples.cut,

@@ -63,6 +63,20 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def position_limit(folder: Path) -> int | None:
+    """Tokens the base was made for, if its configuration says.
+
+    Raises:
+        BadBaseModel: there is no readable config.json.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadBaseModel(f"the base model has no readable config.json: {error}", "model") from error
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
 def load_model(
     folder: Path, hardware: Hardware, *, max_seq_length: int, master_weights: str, gradient_checkpointing: str | bool
 ) -> Any:

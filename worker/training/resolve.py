@@ -22,17 +22,25 @@ class Hardware:
     computes_bf16: bool
 
 
-def packed_row_length(spec: TrainerSpec, hardware: Hardware) -> int:
+def longest_conversation(spec: TrainerSpec, position_limit: int | None) -> int:
+    """Tokens a conversation may have: what was asked for, or what the base was made for."""
+    asked = spec.training.max_seq_length
+    return asked if position_limit is None else min(asked, position_limit)
+
+
+def packed_row_length(longest: int, hardware: Hardware) -> int:
     """Tokens of a row under `packing: rows`; a longer conversation has a row of its own."""
-    longest = spec.training.max_seq_length
     return longest if hardware.is_gpu else min(longest, CPU_PACKED_ROW_LENGTH)
 
 
-def resolve(spec: TrainerSpec, hardware: Hardware, *, rows: int, has_validation: bool, chat_template: str) -> Resolved:
+def resolve(
+    spec: TrainerSpec, hardware: Hardware, *, rows: int, longest: int, has_validation: bool, chat_template: str
+) -> Resolved:
     """What the run will really do.
 
     Args:
         rows: what a batch is made of: conversations, or packed rows.
+        longest: tokens a conversation may have.
         has_validation: a validation file was given.
         chat_template: the template's name as chosen, never `auto`.
 
@@ -61,7 +69,7 @@ def resolve(spec: TrainerSpec, hardware: Hardware, *, rows: int, has_validation:
             "batch_size": batch,
             "micro_batch_size": micro,
             "gradient_accumulation_steps": accumulation,
-            "max_seq_length": training.max_seq_length,
+            "max_seq_length": longest,
             "precision": _precision(spec, hardware),
             "master_weights": training.master_weights,
             "optimizer": training.optimizer if hardware.is_gpu else "adamw",
@@ -85,6 +93,11 @@ def resolve(spec: TrainerSpec, hardware: Hardware, *, rows: int, has_validation:
 def advice(spec: TrainerSpec, resolved: Resolved, rows: int) -> list[str]:
     """Warnings about choices that are legal but probably not meant."""
     warnings = []
+    if resolved.max_seq_length < spec.training.max_seq_length and "max_seq_length" in spec.training.model_fields_set:
+        warnings.append(
+            f"training.max_seq_length {spec.training.max_seq_length} is more than the {resolved.max_seq_length} "
+            f"tokens the base model was made for; {resolved.max_seq_length} is used."
+        )
     if spec.training.max_steps is None and spec.n_epochs == "auto":
         seen = min(resolved.max_steps * resolved.batch_size / rows, 1)
         warnings.append(
@@ -113,10 +126,6 @@ def _max_steps(spec: TrainerSpec, steps_per_epoch: int) -> int:
 
 def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
     asked = spec.training.precision
-    if asked == "auto":
-        if hardware.computes_bf16:
-            return "bf16"
-        return "fp16" if hardware.is_gpu else "fp32"
     if asked == "fp16" and not hardware.is_gpu:
         raise UnsupportedSetting("training.precision fp16 needs a GPU; use bf16 or fp32 here", "training.precision")
     if asked == "bf16" and not hardware.computes_bf16:
@@ -129,11 +138,16 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
             "master weights; use bf16 or auto",
             "training.precision",
         )
-    if asked != "bf16" and spec.training.master_weights == "bf16":
+    chosen: str = asked
+    if asked == "auto":
+        narrow = "fp16" if hardware.is_gpu else "fp32"
+        chosen = "bf16" if hardware.computes_bf16 else narrow
+    if chosen != "bf16" and spec.training.master_weights == "bf16":
         raise UnsupportedSetting(
-            f"training.master_weights bf16 needs training.precision bf16, not {asked}", "training.master_weights"
+            f"training.master_weights bf16 needs training.precision bf16, and it is {chosen} here; use fp32",
+            "training.master_weights",
         )
-    return asked
+    return chosen
 
 
 def _checkpointing(spec: TrainerSpec, hardware: Hardware) -> str | bool:

@@ -1,0 +1,381 @@
+"""Who notices what between API processes and generators, over a real Valkey: deaths, repeats, gaps, losses.
+
+The generators here are `Mailbox`es driven by the test, so that they can die at a chosen moment.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+
+from shared import generation, generation_client, tasks
+from shared.errors import AppError, BadRequest, ModelNotFound, TooManyRequests, Unavailable
+from shared.generation import Error, Message, Text, error_fields
+from shared.generation_client import Answer, GenerationClient
+from shared.redis_client import connect_async
+from shared.settings import Settings
+from tests.generation.conftest import RunningGenerator, wait_until
+from worker.generation import mailbox
+from worker.generation.mailbox import Delivery, Mailbox
+
+FIELDS: dict[str, Any] = {
+    "model": "acme/tiny",
+    "location": "base:acme/tiny",
+    "messages": [Message(role="user", content="hi")],
+    "max_tokens": 10,
+    "temperature": 0,
+    "top_p": 1,
+    "seed": None,
+    "stop": [],
+}
+END = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2}
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever is silent for half a second is dead."""
+    for module in (mailbox, generation_client):
+        monkeypatch.setattr(module, "SILENT_MS", 500)
+    monkeypatch.setattr(generation_client, "BEAT_S", 0.1)
+    monkeypatch.setattr(generation_client, "NO_GENERATOR_WAIT_S", 1.0)
+    yield
+
+
+class Scripted:
+    """A generator that does what the test says and beats until told to die."""
+
+    def __init__(self, connection: redis.asyncio.Redis, name: str) -> None:
+        self.mailbox = Mailbox(connection, name)
+        self._tasks = [
+            asyncio.create_task(self.mailbox.write_forever()),
+            asyncio.create_task(self._beat()),
+        ]
+
+    async def _beat(self) -> None:
+        while True:
+            await self.mailbox.beat([])
+            await asyncio.sleep(0.1)
+
+    async def take(self) -> Delivery:
+        while True:
+            if found := await self.mailbox.take(1, wait_ms=200):
+                return found[0]
+
+    async def take_over(self) -> Delivery:
+        while True:
+            if found := await self.mailbox.take_over(1):
+                return found[0]
+            await asyncio.sleep(0.05)
+
+    async def die(self) -> None:
+        await tasks.end(self._tasks)
+
+
+@asynccontextmanager
+async def scene(settings: Settings, *names: str) -> AsyncIterator[tuple[GenerationClient, list[Scripted]]]:
+    connection = connect_async(settings)
+    async with GenerationClient(settings) as client:
+        generators = [Scripted(connection, name) for name in names]
+        await asyncio.sleep(0.15)  # a beat
+        yield client, generators
+        for one in generators:
+            await one.die()
+    await connection.aclose()
+
+
+def play(script: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(script, timeout=15))
+
+
+async def text_of(answer: Answer) -> str:
+    return "".join([piece.text async for piece in answer])
+
+
+async def error_of(answer: Answer) -> AppError:
+    with pytest.raises(AppError) as caught:
+        await text_of(answer)
+    return caught.value
+
+
+def test_an_answer_arrives_in_order_and_leaves_nothing_queued(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            assert delivery.request.messages[0].content == "hi"
+            assert (delivery.attempt, delivery.age_s < 1) == (1, True)
+            delivery.taken()
+            for text in ("one ", "two ", "three"):
+                delivery.text(text)
+                await asyncio.sleep(0.01)
+            delivery.end(**END)
+            assert await text_of(answer) == "one two three"
+            assert client.waiting_count == 0
+
+    play(script())
+    assert broker.xlen(generation.REQUESTS) == 0
+    assert broker.xpending(generation.REQUESTS, generation.GROUP)["pending"] == 0
+
+
+def test_a_generator_that_dies_before_the_first_text_is_replaced(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            answer = await client.submit(**FIELDS)
+            (await a.take()).taken()
+            await asyncio.sleep(0.05)
+            await a.die()
+            second = await b.take_over()
+            assert second.attempt == 2
+            second.taken()
+            second.text("from b")
+            second.end(**END)
+            assert await text_of(answer) == "from b"
+
+    play(script())
+
+
+def test_a_slow_generator_keeps_its_request(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            delivery.taken()
+            await asyncio.sleep(1.2)  # loading a model, say; longer than a dead one would be waited for
+            assert await b.mailbox.take_over(1) == []
+            delivery.text("at last")
+            delivery.end(**END)
+            assert await text_of(answer) == "at last"
+
+    play(script())
+
+
+def test_a_generator_that_dies_after_the_first_text_is_an_error(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            answer = await client.submit(**FIELDS)
+            (await a.take()).text("half an ans")
+            pieces = aiter(answer)
+            assert (await anext(pieces)).text == "half an ans"
+            await a.die()
+            with pytest.raises(Unavailable) as caught:
+                await anext(pieces)
+            assert caught.value.code == "generator_lost"
+            assert await b.mailbox.take_over(1) == []
+
+    play(script())
+
+
+def test_without_a_generator_the_wait_is_bounded(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        async with scene(settings) as (client, _):
+            error = await error_of(await client.submit(**FIELDS))
+            assert (error.status_code, error.code) == (503, "no_generator")
+            assert "anneal worker generate" in error.message
+            await asyncio.sleep(0.1)
+
+    play(script())
+    assert broker.xlen(generation.REQUESTS) == 0, "nobody will be given what nobody waits for"
+
+
+def test_what_a_generator_says_twice_is_heard_once(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            delivery.text("one ")
+            delivery.sequence = 0
+            delivery.text("one ")
+            delivery.text("two")
+            delivery.end(**END)
+            assert await text_of(answer) == "one two"
+
+    play(script())
+
+
+def test_a_lost_chunk_is_an_error_and_not_a_hole(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            delivery.text("one ")
+            delivery.sequence += 1
+            delivery.text("three")
+            assert (await error_of(answer)).code == "answer_lost"
+
+    play(script())
+
+
+def test_a_generator_taken_for_dead_that_wakes_up_is_not_heard(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            answer = await client.submit(**FIELDS)
+            frozen = await a.take()
+            await a.die()
+            second = await b.take_over()
+            second.text("b speaks. ")
+            await asyncio.sleep(0.1)
+            awake = Scripted(a.mailbox._redis, "a")
+            frozen.mailbox = awake.mailbox
+            frozen.text("a speaks. ")
+            frozen.end(**END)
+            await asyncio.sleep(0.1)
+            second.text("b again.")
+            second.end(**END)
+            assert await text_of(answer) == "b speaks. b again."
+            await awake.die()
+
+    play(script())
+
+
+def test_of_two_that_answer_the_first_to_speak_is_heard(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            answer = await client.submit(**FIELDS)
+            frozen = await a.take()
+            await a.die()
+            second = await b.take_over()
+            awake = Scripted(a.mailbox._redis, "a")
+            frozen.mailbox = awake.mailbox
+            frozen.text("a speaks, ")
+            await asyncio.sleep(0.1)
+            second.text("so does b, ")
+            second.end(**END)
+            await asyncio.sleep(0.1)
+            frozen.text("a ends.")
+            frozen.end(**END)
+            assert await text_of(answer) == "a speaks, a ends."
+            await awake.die()
+
+    play(script())
+
+
+def test_a_slow_client_holds_up_nobody_and_costs_no_more_than_its_text(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            slow, quick = await client.submit(**FIELDS), await client.submit(**FIELDS)
+            first, second = await a.take(), await a.take()
+            for _ in range(5_000):
+                first.text("x")
+            first.end(**END)
+            second.text("y")
+            second.end(**END)
+            assert await text_of(quick) == "y"
+            pieces = [piece async for piece in slow]
+            assert [len(piece.text) for piece in pieces] == [5_000], "merged into one"
+
+    play(script())
+
+
+def test_a_broker_that_lost_its_data_ends_the_wait(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            lost = await client.submit(**FIELDS)
+            await asyncio.to_thread(broker.flushall)
+            assert (await error_of(lost)).code == "request_lost"
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            delivery.end(**END)
+            assert await text_of(answer) == ""
+
+    play(script())
+
+
+def test_a_cancelled_request_is_heard_of_and_never_given_out_again(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        async with scene(settings, "a", "b") as (client, (a, b)):
+            hearing = asyncio.create_task(a.mailbox.cancellations())
+            await asyncio.sleep(0.05)
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            answer.cancel()
+            assert await hearing == [delivery.request.id]
+            await a.die()
+            await asyncio.sleep(0.7)
+            assert await b.mailbox.take_over(1) == []
+
+    play(script())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BadRequest("no", param="messages", code="context_length_exceeded"),
+        ModelNotFound("gone", param="model"),
+        TooManyRequests("later", retry_after_s=3),
+        Unavailable("not now", code="model_too_large"),
+        AppError("broken"),
+    ],
+)
+def test_errors_cross_the_broker_as_they_are(error: AppError) -> None:
+    chunk = Error(id="x", generator="g", attempt=1, sequence=0, **error_fields(error))
+    (received,) = generation.load_chunks(generation.dump_chunks([chunk]))
+    assert isinstance(received, Error)
+    again = received.to_exception()
+    assert type(again) is type(error)
+    assert (again.body(), again.status_code, again.retry_after_s) == (
+        error.body(),
+        error.status_code,
+        error.retry_after_s,
+    )
+
+
+def test_only_json_of_the_protocol_is_read() -> None:
+    for data in (b"\x80\x04N.", b"{}", b'[{"type": "text"}]', b'[{"type": "other"}]'):
+        with pytest.raises(ValueError):
+            generation.load_chunks(data)
+    chunk = Text(id="x", generator="g", attempt=1, sequence=0, text="\u2028 é")
+    assert generation.load_chunks(generation.dump_chunks([chunk])) == [chunk]
+
+
+def test_a_request_that_is_no_json_of_ours_stops_no_generator(
+    start_generator: Callable[..., RunningGenerator], settings: Settings, broker: redis.Redis
+) -> None:
+    start_generator()
+    broker.xadd(generation.REQUESTS, {"request": "{"})
+    broker.xadd(generation.REQUESTS, {"something": "else"})
+    wait_until(lambda: broker.xlen(generation.REQUESTS) == 0)
+
+    async def script() -> None:
+        async with GenerationClient(settings) as client:
+            assert await text_of(await client.submit(**FIELDS))
+
+    play(script())
+
+
+def test_generators_cancel_what_a_vanished_api_process_asked_for(
+    start_generator: Callable[..., RunningGenerator], settings: Settings, broker: redis.Redis
+) -> None:
+    running = start_generator().generator
+
+    async def script() -> None:
+        async with GenerationClient(settings) as client:
+            location = {"model": "acme/slow", "location": "base:acme/slow", "max_tokens": 8000}
+            answer = await client.submit(**{**FIELDS, **location})
+            await anext(aiter(answer))
+            await tasks.end(client._loops)  # as a kill -9 would
+            broker.delete(generation.alive_key(client._replies))
+            while running.free_slots < settings.generation_slots:
+                await asyncio.sleep(0.05)
+
+    play(script())
+
+
+def test_a_redelivered_request_that_kills_generators_is_given_up(
+    start_generator: Callable[..., RunningGenerator], settings: Settings
+) -> None:
+    async def script() -> None:
+        async with scene(settings) as (client, _):
+            answer = await client.submit(**FIELDS)
+            for attempt, name in enumerate("abc", start=1):
+                victim = Scripted(client._redis, name)
+                delivery = await (victim.take() if attempt == 1 else victim.take_over())
+                assert delivery.attempt == attempt
+                await victim.die()
+            start = asyncio.to_thread(start_generator)
+            assert (await error_of(answer)).code == "generator_crashed" if await start else False
+
+    play(script())

@@ -1,0 +1,262 @@
+"""What the engine computes: exact packing, exact micro-batches, the same model in memory and on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# isort: off
+from worker.training import engine, model as models
+# isort: on
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.training_spec import Resolved
+from tests.training.conftest import MakeSpec, Outcome, write_jsonl
+from worker.training import data, head, resolve, templates
+from worker.training.resolve import Hardware
+
+CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_base: Path, training_file: Path) -> list[data.Example]:
+    tokenizer = models.load_tokenizer(tiny_base)
+    template = templates.choose("auto", tokenizer)
+    return data.load_training(training_file, template, tokenizer, 512, "assistant").rows
+
+
+def build(
+    make_spec: MakeSpec, folder: Path, rows: list[data.Example], **training: Any
+) -> tuple[engine.Engine, Resolved]:
+    """An engine in fp32, so that equal means equal and not equal within bf16."""
+    spec = make_spec(folder, training={"max_steps": 1, "precision": "fp32", **training})
+    resolved = resolve.resolve(spec, CPU, rows=len(rows), longest=512, has_validation=False, chat_template="chatml")
+    base = Path(spec.base_model_dir)
+    loaded = models.load_model(
+        base, CPU, max_seq_length=512, master_weights="fp32", gradient_checkpointing=resolved.gradient_checkpointing
+    )
+    return engine.build(loaded, models.load_tokenizer(base), rows, resolved, folder), resolved
+
+
+def token_losses(trainer: engine.Engine, rows: list[data.Example]) -> dict[tuple[int, ...], list[float]]:
+    """Loss of each trained token, by conversation, through the engine's own collator and model."""
+    found = {}
+    for row in rows:
+        batch = trainer.data_collator([{"input_ids": row.ids, "labels": row.labels, "seq_lengths": list(row.lengths)}])
+        assert "attention_mask" not in batch, "an all-ones mask would let conversations see each other"
+        with torch.no_grad():
+            logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        start = 0
+        for length in row.lengths:
+            ids = torch.tensor(row.ids[start : start + length])
+            losses = torch.nn.functional.cross_entropy(
+                logits[start : start + length - 1], ids[1:], reduction="none"
+            ).tolist()
+            found[tuple(ids.tolist())] = losses
+            start += length
+    return found
+
+
+def gradients(trainer: engine.Engine, rows: list[data.Example], micro: int) -> dict[str, torch.Tensor]:
+    """Gradients of one optimizer step over the rows, in micro-batches of `micro`."""
+    trainer.model.zero_grad()
+    collate = trainer.data_collator
+    features = [{"input_ids": r.ids, "labels": r.labels, "seq_lengths": list(r.lengths)} for r in rows]
+    batches = [collate(features[start : start + micro]) for start in range(0, len(features), micro)]
+    _, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    for batch in batches:
+        trainer.training_step(trainer.model, batch, count)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_packed_conversations_do_not_see_each_other(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    packed = data.pack(rows, 512, seed=1)
+    assert len(packed) < len(rows) / 3
+    trainer, _ = build(make_spec, tmp_path, packed, packing="rows")
+    together, apart = token_losses(trainer, packed), token_losses(trainer, rows)
+    assert together.keys() == apart.keys()
+    for conversation, losses in apart.items():
+        assert together[conversation] == pytest.approx(losses, abs=1e-4)
+
+
+def test_the_size_of_a_micro_batch_changes_no_gradient(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    alone, pairs, at_once = (gradients(trainer, rows[:8], micro) for micro in (1, 2, 8))
+    for name, gradient in alone.items():
+        assert torch.allclose(gradient, pairs[name], atol=1e-6), name
+        assert torch.allclose(gradient, at_once[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("rows", [256, 3])
+def test_the_head_computes_pytorchs_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(head, "CHUNK_ROWS", rows)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 64, requires_grad=True), torch.randn(400, 64, requires_grad=True)
+    targets = torch.randint(400, (7,))
+    logits = hidden @ weight.t()
+    targets[0] = logits[0].argmax()
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    wanted = torch.autograd.grad(expected / 3, (hidden, weight))
+    loss, correct = head.loss_sum(hidden, weight, targets)
+    (loss / 3).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert correct == (logits.argmax(-1) == targets).sum()
+    assert torch.allclose(hidden.grad, wanted[0], atol=1e-5)
+    assert torch.allclose(weight.grad, wanted[1], atol=1e-5)
+
+
+def test_recomputed_activations_change_no_gradient(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    kept, _ = build(make_spec, tmp_path, rows, gradient_checkpointing=False)
+    recomputed, _ = build(make_spec, tmp_path, rows, gradient_checkpointing="unsloth")
+    one, other = gradients(kept, rows[:4], 2), gradients(recomputed, rows[:4], 2)
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_a_step_holds_the_same_conversations_as_the_engines_own_order(rows: list[data.Example]) -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    ours = engine.StepOrder([len(row.ids) for row in rows], batch_size=8, seed=3407)
+    own = SeedableRandomSampler(range(len(rows)), data_seed=3407)
+    for epoch in range(2):
+        ours.set_epoch(epoch)
+        own.set_epoch(epoch)
+        a, b = list(ours), list(own)
+        assert a != b
+        assert [set(a[i : i + 8]) for i in range(0, 40, 8)] == [set(b[i : i + 8]) for i in range(0, 40, 8)]
+
+
+def test_evaluation_is_the_token_mean_over_all_rows(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    result = engine.evaluate(trainer, rows, lambda: False)
+    losses = [
+        loss
+        for (conversation, values), row in zip(token_losses(trainer, rows).items(), rows, strict=True)
+        for loss, label in zip(values, row.labels[1:], strict=True)
+        if label != data.IGNORED and list(conversation) == row.ids
+    ]
+    assert result is not None
+    assert result.tokens == len(losses)
+    assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert 0 <= result.accuracy <= 1
+    assert engine.evaluate(trainer, rows, lambda: True) is None
+
+
+def test_saved_files_are_the_base_models_with_new_values(make_spec: MakeSpec, tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = models.load_model(tiny_base, CPU, max_seq_length=512, master_weights="fp32", gradient_checkpointing=False)
+    tokenizer = models.load_tokenizer(tiny_base)
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.add_(0.5)
+    models.save_model(loaded, tiny_base, tmp_path, templates.choose("alpaca", tokenizer))
+    base, saved = load_file(tiny_base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert base.keys() == saved.keys()
+    ids = torch.tensor([[5, 6, 7]])
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, loaded(input_ids=ids).logits)
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tiny_base / "tokenizer.json").read_bytes()
+
+
+def test_packed_training_counts_every_token_and_conversation(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    training = {"packing": "rows", "batch_size": 2, "micro_batch_size": 1, "save_steps": 100}
+    outcome = run_here(make_spec(tmp_path, training=training, n_epochs=1.0))
+    assert outcome.status == 0, outcome.last
+    started, metrics = outcome.of("started")[0], outcome.of("metrics")
+    assert started.train_examples == 40
+    assert started.resolved["packing"] == "rows"
+    assert metrics[-1].tokens == started.train_tokens == outcome.last.tokens
+    assert metrics[-1].epoch == pytest.approx(1.0)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path, tiny_base: Path
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_base, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("inf"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    outcome = run_here(make_spec(tmp_path, base_model_dir=str(broken), training={"max_steps": 2}))
+    assert outcome.status == 1
+    assert (outcome.last.type, outcome.last.code) == ("error", "diverged")
+    assert "step 1" in outcome.last.message
+    assert "training.learning_rate" in outcome.last.message
+    assert not outcome.of("checkpoint")
+
+
+def test_a_bad_row_is_named(run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    outcome = run_here(make_spec(tmp_path, training_file=str(bad)))
+    assert (outcome.status, outcome.last.code, outcome.last.param) == (1, "invalid_training_file", "training_file")
+    assert "Line 2" in outcome.last.message
+    outcome = run_here(make_spec(tmp_path, validation_file=str(bad)))
+    assert (outcome.last.code, outcome.last.param) == ("invalid_validation_file", "validation_file")
+
+
+def test_a_template_the_base_cannot_spell_is_refused(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    outcome = run_here(make_spec(tmp_path, training={"chat_template": "llama3"}))
+    assert (outcome.status, outcome.last.code) == (1, "incompatible_chat_template")
+
+
+def test_a_folder_that_is_no_model_is_refused(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    outcome = run_here(make_spec(tmp_path, base_model_dir=str(tmp_path / "empty")))
+    assert (outcome.status, outcome.last.code) == (1, "invalid_base_model")
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_published(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    published = tmp_path / "checkpoints" / "1"
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(2**40, 2**40, 0) if published.exists() else usage(2**40, 0, 2**40)
+    )
+    outcome = run_here(make_spec(tmp_path, training={"max_steps": 3, "save_steps": 1}))
+    assert (outcome.status, outcome.last.code) == (1, "disk_full")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_choices_that_are_probably_not_meant_are_warned_about(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    long_row = {"prompt": "hello", "completion": "printer " * 400}
+    file = write_jsonl(tmp_path / "rows.jsonl", [long_row, *({"prompt": "a", "completion": "b"} for _ in range(7))])
+    training = {
+        "max_steps": 1,
+        "max_seq_length": 256,
+        "master_weights": "bf16",
+        "learning_rate": 2e-5,
+    }
+    outcome = run_here(make_spec(tmp_path, training_file=str(file), training=training))
+    assert outcome.status == 0, outcome.last
+    cut, rate = outcome.of("event")
+    assert (cut.level, cut.data["cut"], cut.data["dropped"]) == ("warn", 1, 0)
+    assert "bf16" in rate.message
+    saved = load_file(tmp_path / "checkpoints" / "1" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}

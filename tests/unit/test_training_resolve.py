@@ -1,0 +1,151 @@
+"""Every `auto` becomes a number, the tutorial's where the client said nothing."""
+
+from typing import Any
+
+import pytest
+
+from shared.training_spec import Resolved, TrainerSpec
+from worker.training.failures import UnsupportedSetting
+from worker.training.resolve import Hardware, advice, longest_conversation, packed_row_length, resolve
+
+CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
+OLD_CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
+GPU = Hardware("NVIDIA H200", is_gpu=True, computes_bf16=True)
+OLD_GPU = Hardware("Tesla T4", is_gpu=True, computes_bf16=False)
+
+
+def make_spec(training: dict[str, Any] | None = None, **fields: Any) -> TrainerSpec:
+    paths = dict.fromkeys(("base_model_dir", "training_file", "checkpoint_dir", "work_dir"), "/nowhere")
+    return TrainerSpec.model_validate(
+        {"job_id": "ftjob-1", "base_model": "test/tiny", **paths, "training": training or {}, **fields}
+    )
+
+
+def resolved(
+    training: dict[str, Any] | None = None, hardware: Hardware = CPU, rows: int = 1000, **fields: Any
+) -> Resolved:
+    spec = make_spec(training, **fields)
+    return resolve(
+        spec, hardware, rows=rows, longest=2048, has_validation=bool(spec.validation_file), chat_template="chatml"
+    )
+
+
+def test_nothing_said_is_the_tutorial() -> None:
+    found = resolved(hardware=GPU).model_dump()
+    expected = {
+        "max_steps": 60,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 2e-4,
+        "warmup_steps": 5,
+        "lr_scheduler": "linear",
+        "weight_decay": 0.01,
+        "max_seq_length": 2048,
+        "precision": "bf16",
+        "master_weights": "fp32",
+        "optimizer": "adamw_8bit",
+        "gradient_checkpointing": "unsloth",
+        "chat_template": "chatml",
+        "packing": "none",
+        "train_on": "assistant",
+        "seed": 3407,
+        "save_steps": 20,
+        "eval_steps": None,
+        "n_epochs": 0.48,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert "auto" not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "optimizer", "checkpointing"),
+    [(CPU, "bf16", "adamw", False), (OLD_CPU, "fp32", "adamw", False), (OLD_GPU, "fp16", "adamw_8bit", "unsloth")],
+)
+def test_auto_follows_the_hardware(
+    hardware: Hardware, precision: str, optimizer: str, checkpointing: str | bool
+) -> None:
+    found = resolved(hardware=hardware)
+    assert (found.precision, found.optimizer, found.gradient_checkpointing) == (precision, optimizer, checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("training", "fields", "steps"),
+    [
+        ({}, {}, 60),
+        ({"max_steps": 7}, {}, 7),
+        ({}, {"n_epochs": 1}, 125),
+        ({}, {"n_epochs": 0.001}, 1),
+        ({"batch_size": 3}, {"n_epochs": 2}, 668),
+        ({"max_steps": 7}, {"n_epochs": 3}, 7),
+    ],
+)
+def test_steps(training: dict[str, Any], fields: dict[str, Any], steps: int) -> None:
+    assert resolved(training, **fields).max_steps == steps
+
+
+@pytest.mark.parametrize(("steps", "save"), [(1, 1), (2, 1), (10, 4), (60, 20), (100_000, 500)])
+def test_checkpoints_are_a_third_of_the_run_apart_and_never_more_than_500_steps(steps: int, save: int) -> None:
+    found = resolved({"max_steps": steps}, validation_file="/nowhere/valid.jsonl")
+    assert (found.save_steps, found.eval_steps) == (save, save)
+
+
+def test_the_multiplier_multiplies_the_base_rate_and_a_rate_wins() -> None:
+    assert resolved(learning_rate_multiplier=0.5).learning_rate == pytest.approx(1e-4)
+    found = resolved({"learning_rate": 1e-3}, learning_rate_multiplier=0.5)
+    assert (found.learning_rate, found.learning_rate_multiplier) == (1e-3, pytest.approx(5))
+
+
+@pytest.mark.parametrize(
+    ("training", "hardware", "message"),
+    [
+        ({"precision": "fp16"}, CPU, "fp16 needs a GPU"),
+        ({"precision": "bf16"}, OLD_GPU, "not computed by Tesla T4"),
+        ({"precision": "fp32"}, GPU, "CPU only"),
+        ({"precision": "fp32", "master_weights": "bf16"}, CPU, "needs training.precision bf16"),
+        ({"master_weights": "bf16"}, OLD_GPU, "needs training.precision bf16"),
+    ],
+)
+def test_what_the_hardware_cannot_do_is_refused(training: dict[str, Any], hardware: Hardware, message: str) -> None:
+    with pytest.raises(UnsupportedSetting, match=message):
+        resolved(training, hardware)
+
+
+def test_the_tutorials_steps_come_with_the_share_of_rows_they_see() -> None:
+    spec = make_spec()
+    found = resolve(spec, CPU, rows=999, longest=2048, has_validation=False, chat_template="chatml")
+    [warning] = advice(spec, found, 999)
+    assert "60 steps" in warning
+    assert "48% of the 999 training rows" in warning
+    assert not advice(make_spec(n_epochs=1), found, 999)
+    assert not advice(make_spec({"max_steps": 60}), found, 999)
+
+
+def test_the_tutorials_steps_on_few_rows_say_how_often_each_is_seen() -> None:
+    spec = make_spec()
+    found = resolve(spec, CPU, rows=80, longest=2048, has_validation=False, chat_template="chatml")
+    [warning] = advice(spec, found, 80)
+    assert "100% of the 80 training rows, 6 times" in warning
+
+
+@pytest.mark.parametrize(("rate", "warnings"), [(2e-4, 0), (2e-5, 1)])
+def test_bf16_weights_warn_where_they_lose_updates(rate: float, warnings: int) -> None:
+    spec = make_spec({"max_steps": 5, "master_weights": "bf16", "learning_rate": rate})
+    found = resolve(spec, CPU, rows=80, longest=2048, has_validation=False, chat_template="chatml")
+    assert len(advice(spec, found, 80)) == warnings
+
+
+def test_a_base_made_for_fewer_tokens_sets_the_limit() -> None:
+    spec = make_spec({"max_steps": 5, "max_seq_length": 4096})
+    longest = longest_conversation(spec, 1024)
+    found = resolve(spec, CPU, rows=80, longest=longest, has_validation=False, chat_template="chatml")
+    assert found.max_seq_length == longest == 1024
+    [warning] = advice(spec, found, 80)
+    assert "1024 is used" in warning
+    assert longest_conversation(spec, None) == 4096
+
+
+def test_packed_rows_are_short_where_attention_costs_the_square() -> None:
+    assert packed_row_length(2048, GPU) == 2048
+    assert packed_row_length(2048, CPU) == 512
+    assert packed_row_length(256, CPU) == 256
