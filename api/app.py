@@ -14,12 +14,13 @@ from uuid import uuid4
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import chat, files, fine_tuning, health, job_events, models
-from shared.errors import AppError, BadRequest, NotFound, PermissionDenied, TooLarge, Unavailable
+from api.deps import check_key
+from shared.errors import AppError, BadRequest, NotFound, PermissionDenied, TooLarge, Unauthorized, Unavailable
 from shared.queue import Outbox, make_celery
 from shared.redis_client import connect_async
 from shared.settings import Settings, get_settings
@@ -28,8 +29,10 @@ log = logging.getLogger(__name__)
 
 MAX_JSON_BODY_BYTES = 8 * 2**20
 MULTIPART_OVERHEAD_BYTES = 2**20
+UPLOAD_PATH = "/v1/files"
 UNION_BRANCHES = frozenset({"int", "float", "str", "bool", "list"})
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", "testserver"})
+UNION_PREFIXES = ("constrained-", "literal[", "function-", "list[")
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -40,9 +43,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.outbox = Outbox(make_celery(settings))
         app.state.redis = connect_async(settings)
+        app.state.streams = job_events.Streams(connect_async(settings, max_connections=job_events.MAX_STREAMS))
         async with chat.lifespan(app, settings):
             yield
         app.state.outbox.close()
+        await app.state.streams.client.aclose()
         await app.state.redis.aclose()
 
     app = FastAPI(title="Anneal", version="0.1.0", lifespan=lifespan, redirect_slashes=False)
@@ -56,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(DataError, _data_error)
     app.add_middleware(Envelope, settings=settings)
     return app
 
@@ -87,19 +93,20 @@ def invalid_request(problems: Any) -> BadRequest:
         return BadRequest(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     # Pydantic adds the branch of a union it tried; the user knows fields only.
     path = [str(part) for part in problem["loc"] if part not in ("body", "query", "header", "path")]
-    known = [part for part in path if part.replace("_", "").isalnum() and part not in UNION_BRANCHES]
+    known = [part for part in path if part not in UNION_BRANCHES and not part.startswith(UNION_PREFIXES)]
     param = ".".join(known) or None
+    name = param or "the body"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return BadRequest(
-            f"unknown key {param!r}; remove it or check its spelling", param=param, code="unknown_parameter"
+            f"unknown key {name!r}; remove it or check its spelling", param=param, code="unknown_parameter"
         )
     if problem["type"] == "missing":
-        return BadRequest(f"{param!r} is required", param=param, code="missing_required_parameter")
+        return BadRequest(f"{name} is required", param=param, code="missing_required_parameter")
     if problem["type"] == "value_error":
         return BadRequest(f"{param}: {message}" if param else message, param=param, code="invalid_value")
     value = repr(problem.get("input"))
-    return BadRequest(f"{param}={value[:200]} is not valid: {message}", param=param, code="invalid_value")
+    return BadRequest(f"{name}={value[:200]} is not valid: {message}", param=param, code="invalid_value")
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -122,6 +129,11 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _database_error(_request: Request, error: Exception) -> JSONResponse:
     log.error("the database is out of reach: %s", error)
     return error_response(Unavailable("the database is out of reach; try again shortly", retry_after_s=2))
+
+
+async def _data_error(_request: Request, error: Exception) -> JSONResponse:
+    log.warning("the database refused a value: %s", error)
+    return error_response(BadRequest("a value in the request can't be stored; check it for control characters"))
 
 
 class Envelope:
@@ -173,19 +185,31 @@ class Envelope:
             await error_response(internal)(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope) -> AppError | None:
-        headers = dict(scope["headers"])
+        """Whatever can be refused before a byte of the body is read."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            return BadRequest("the URL holds a NUL character; remove it")
+        if not scope["path"].startswith("/v1/"):
+            return None
         if self._settings.api_key is None:
-            # Without a key only this host may ask, and a web page must not do it through a name it controls.
-            host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+            # Without a key only this host may ask, and no web page may do it from a browser on it, neither through a
+            # name it controls nor with a form sent across.
+            host = _host_of(f"//{headers.get('host', '')}")
             if host not in LOOPBACK_HOSTS:
                 return PermissionDenied(f"without ANNEAL_API_KEY only localhost is served, not Host {host[:100]!r}")
+            origin = headers.get("origin")
+            if origin is not None and _host_of(origin) not in LOOPBACK_HOSTS:
+                return PermissionDenied(f"without ANNEAL_API_KEY no page of {origin[:100]!r} may use this service")
+        try:
+            check_key(self._settings, headers.get("authorization", ""))
+        except Unauthorized as error:
+            return error
         return None
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Stop reading a body past its bound, whatever content-length says."""
-        content_type = dict(scope["headers"]).get(b"content-type", b"")
-        multipart = content_type.startswith(b"multipart/")
-        bound = self._settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES if multipart else MAX_JSON_BODY_BYTES
+        """Stop reading a body past its bound, whatever its headers say."""
+        is_upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        bound = self._settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES if is_upload else MAX_JSON_BODY_BYTES
         seen = 0
 
         async def bounded() -> Message:
@@ -198,3 +222,11 @@ class Envelope:
             return message
 
         return bounded
+
+
+def _host_of(url: str) -> str:
+    """The host name in a URL or an origin, empty if there is none to find."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -27,16 +27,25 @@ def get_settings_of(request: Request) -> Settings:
 SettingsDep = Annotated[Settings, Depends(get_settings_of)]
 
 
-def _identify(request: Request, settings: SettingsDep) -> Identity:
-    """The project behind the bearer token. Without a configured key everybody (on loopback) is `default`."""
+def check_key(settings: Settings, authorization: str) -> None:
+    """Let the right bearer token pass; without a configured key everybody (on loopback) does.
+
+    Raises:
+        Unauthorized: no token, or another one.
+    """
     if settings.api_key is None:
-        return Identity(DEFAULT_PROJECT)
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return
+    scheme, _, token = authorization.partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise Unauthorized("no API key was sent; send `Authorization: Bearer <ANNEAL_API_KEY>`")
     # As the bytes that came (headers are decoded as latin-1): compare_digest refuses non-ASCII strings.
     if not hmac.compare_digest(token.strip().encode("latin-1"), settings.api_key.encode()):
         raise Unauthorized("the API key is not valid here; use the value of ANNEAL_API_KEY")
+
+
+def _identify(request: Request, settings: SettingsDep) -> Identity:
+    """The project behind the bearer token, which `api.app.Envelope` has checked before the body was read."""
+    check_key(settings, request.headers.get("authorization", ""))
     return Identity(DEFAULT_PROJECT)
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO, Literal
 
-from fastapi import APIRouter, Form, UploadFile
+from fastapi import APIRouter, Depends, Form, Request, UploadFile
 from fastapi.responses import FileResponse
 from sqlalchemy import select
 
@@ -16,6 +16,7 @@ from shared.errors import BadRequest, NotFound
 from shared.ids import new_id
 from shared.models import File, FileStatus
 from shared.schemas import Deleted, FileObject, Page
+from shared.text import is_storable
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/files", tags=["files"])
@@ -23,9 +24,21 @@ router = APIRouter(prefix="/files", tags=["files"])
 MAX_FILENAME_CHARACTERS = 255
 
 
+async def _only_known_fields(request: Request) -> None:
+    """A field that does nothing yet, such as `expires_after`, is refused: ignored, it would be a broken promise."""
+    unknown = sorted(set(await request.form()) - {"file", "purpose"})
+    if unknown:
+        raise BadRequest(f"unknown field {unknown[0][:100]!r}; send `file` and `purpose`", param=unknown[0][:100])
+
+
 @router.post("")
 def create_file(
-    file: UploadFile, purpose: Annotated[str, Form()], caller: Caller, settings: SettingsDep, outbox: OutboxDep
+    file: UploadFile,
+    purpose: Annotated[str, Form()],
+    caller: Caller,
+    settings: SettingsDep,
+    outbox: OutboxDep,
+    _: Annotated[None, Depends(_only_known_fields)],
 ) -> FileObject:
     """Store a file. One for training is checked: a small one before the answer, a large one by `worker batch`."""
     if purpose not in files.UPLOAD_PURPOSES:
@@ -33,6 +46,8 @@ def create_file(
             f"purpose={purpose[:100]!r} must be one of {', '.join(files.UPLOAD_PURPOSES)}", param="purpose"
         )
     filename = file.filename or "upload"
+    if not is_storable(filename):
+        raise BadRequest(f"the file name {filename[:100]!a} can't be stored; rename the file", param="file")
     if len(filename) > MAX_FILENAME_CHARACTERS:
         raise BadRequest(
             f"the file name has {len(filename)} characters; at most {MAX_FILENAME_CHARACTERS} are allowed", param="file"
@@ -62,7 +77,7 @@ def create_file(
                 rows=summary.rows if summary else None,
             )
     except BaseException:
-        storage.delete_file(settings, file_id)  # no row will ever name it
+        files.discard_bytes(settings, file_id)
         raise
     if status == FileStatus.UPLOADED:
         outbox.files_wait()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
-from sqlalchemy import select
+from sqlalchemy import null, select
 
 from api.deps import Caller, OutboxDep
 from api.paging import After, Limit, page
@@ -35,6 +35,8 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
     for key, value in request.query_params.multi_items():
         if key.startswith("metadata[") and key.endswith("]"):
             query = query.where(Job.job_metadata[key[9:-1]].as_string() == value)
+        elif key == "metadata" and value == "null":
+            query = query.where(Job.job_metadata.is_(null()))
         elif key not in ("limit", "after"):
             raise BadRequest(f"unknown query parameter {key!r}; use limit, after, metadata[key]=value", param=key)
     with reading() as session:

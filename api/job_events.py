@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from api.deps import Caller
 from api.paging import After
 from shared import events, jobs
 from shared.db import reading
-from shared.errors import BadRequest
+from shared.errors import BadRequest, TooManyRequests
 from shared.models import TERMINAL, Event, Job, JobStatus
 from shared.schemas import Page
 
@@ -25,6 +27,8 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 WAIT_MS = 1000
 """How long the tail waits on the live stream before it looks into the database itself."""
 PING_S = 15
+MAX_STREAMS = 200
+MAX_AGE_S = 3600.0
 SEND_TIMEOUT_S = 30
 """A client that takes nothing for so long is dropped; it comes back with Last-Event-ID."""
 
@@ -43,12 +47,12 @@ async def list_events(
     await run_in_threadpool(_check_exists, caller.project_id, job_id)
     if not stream:
         return await run_in_threadpool(_page, job_id, after, limit)
-    if last_event_id is not None and not (last_event_id.isascii() and last_event_id.isdigit()):
-        raise BadRequest(f"Last-Event-ID {last_event_id[:40]!r} is not a number", param="Last-Event-ID")
-    sequence = int(last_event_id or 0)
-    return EventSourceResponse(
-        _follow(request.app.state.redis, job_id, sequence), ping=PING_S, send_timeout=SEND_TIMEOUT_S
-    )
+    if last_event_id is not None and not re.fullmatch("[0-9]{1,18}", last_event_id):
+        raise BadRequest(f"Last-Event-ID {last_event_id[:40]!r} is not the number of an event", param="Last-Event-ID")
+    streams: Streams = request.app.state.streams
+    streams.check_room()
+    events_after = streams.follow(job_id, int(last_event_id or 0))
+    return EventSourceResponse(events_after, ping=PING_S, send_timeout=SEND_TIMEOUT_S)
 
 
 def _check_exists(project_id: str, job_id: str) -> None:
@@ -74,21 +78,43 @@ def _page(job_id: str, after: str | None, limit: int) -> Page[dict[str, Any]]:
     )
 
 
-async def _follow(client: redis.asyncio.Redis, job_id: str, sequence: int) -> AsyncIterator[ServerSentEvent]:
-    """Replay from the database, then tail the live stream; any gap in the numbers sends us back to the database."""
-    while True:
-        rows, ended = await run_in_threadpool(_read, job_id, sequence)
-        for row in rows:
-            sequence = row.sequence
-            yield _sse(sequence, json.dumps(events.shown(row)))
-        if not rows and ended:
-            yield ServerSentEvent(data="[DONE]")
-            return
-        if rows:
-            continue
-        async for number, body in _tail(client, job_id, sequence):
-            sequence = number
-            yield _sse(number, body)
+class Streams:
+    """The live streams this process serves, bounded in number and age. Its own connections: each stream blocks one."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.client = client
+        self._open = 0
+
+    def check_room(self) -> None:
+        """Raises `TooManyRequests` when as many streams are open as this process serves."""
+        if self._open >= MAX_STREAMS:
+            raise TooManyRequests(
+                f"{MAX_STREAMS} event streams are open already; poll the events, or try again later", retry_after_s=10
+            )
+
+    async def follow(self, job_id: str, sequence: int) -> AsyncIterator[ServerSentEvent]:
+        """Replay from the database, then tail the live stream; any gap in the numbers sends us back to the database.
+
+        Past `MAX_AGE_S` the stream just ends, without `[DONE]`: the client comes back with the last id it has.
+        """
+        ends_at = time.monotonic() + MAX_AGE_S
+        self._open += 1
+        try:
+            while time.monotonic() < ends_at:
+                rows, ended = await run_in_threadpool(_read, job_id, sequence)
+                for row in rows:
+                    sequence = row.sequence
+                    yield _sse(sequence, json.dumps(events.shown(row)))
+                if not rows and ended:
+                    yield ServerSentEvent(data="[DONE]")
+                    return
+                if rows:
+                    continue
+                async for number, body in _tail(self.client, job_id, sequence):
+                    sequence = number
+                    yield _sse(number, body)
+        finally:
+            self._open -= 1
 
 
 async def _tail(client: redis.asyncio.Redis, job_id: str, sequence: int) -> AsyncIterator[tuple[int, str]]:

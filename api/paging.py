@@ -31,7 +31,7 @@ def page(
     """
     key = tuple_(model.created_at, model.id)
     if after is not None:
-        cursor = session.get(model, after)
+        cursor: Any = session.scalar(query.where(model.id == after))  # within the caller's project, by the query itself
         if cursor is None:
             raise BadRequest(f"after={after!r} is not the id of a listed object", param="after")
         mark = tuple_(cursor.created_at, cursor.id)

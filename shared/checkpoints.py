@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from shared import events, jobs, model_registry
 from shared.db import clock
 from shared.ids import new_id
-from shared.models import Checkpoint, Job, Model
+from shared.models import TERMINAL, Checkpoint, Job, Model
 
 
 def register(
@@ -35,7 +35,7 @@ def register(
     Raises:
         LeaseLost: the claim is over; the folder stays garbage.
     """
-    job = jobs.owned(session, job.id, fence, attempts=0, trained_tokens=tokens)
+    job = jobs.owned(session, job.id, fence, attempts=0, faults=0, trained_tokens=tokens)
     replaced = session.scalar(
         delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step).returning(Checkpoint.location)
     )
@@ -89,8 +89,12 @@ def newest_first(session: Session, job_id: str) -> list[Checkpoint]:
 
 
 def retire(session: Session, job: Job, base_model: str, keep: int) -> list[str]:
-    """Forget all but the newest `keep` checkpoints. Returns the folders to delete once this is committed."""
-    old = newest_first(session, job.id)[keep:]
+    """Forget all but the newest `keep` checkpoints and those a live job starts from.
+
+    Returns the folders to delete once this is committed.
+    """
+    in_use = set(session.scalars(select(Job.model_location).where(Job.status.not_in(TERMINAL))))
+    old = [checkpoint for checkpoint in newest_first(session, job.id)[keep:] if checkpoint.location not in in_use]
     tuned = model_registry.tuned_name(job, base_model)
     for checkpoint in old:
         session.execute(delete(Model).where(Model.id == model_registry.checkpoint_name(tuned, checkpoint.step)))

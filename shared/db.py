@@ -14,7 +14,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Float, create_engine, event, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -117,11 +116,6 @@ def reading() -> Iterator[Session]:
 def clock(session: Session) -> float:
     """Seconds since 1970 by the database's clock."""
     return float(session.execute(select(now())).scalar_one())
-
-
-def is_connection_error(error: BaseException) -> bool:
-    """Whether the database was out of reach (wait and try again), as against refusing the statement."""
-    return isinstance(error, OperationalError)
 
 
 def reset() -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from shared.db import clock
 from shared.ids import new_id
 from shared.models import Event, Job
+from shared.text import storable
 
 STREAM_LENGTH = 1000
 STREAM_TTL_S = 3600
@@ -51,7 +52,7 @@ def append(
         created_at=clock(session),
         level=level,
         type=type,
-        message=message[:4000],
+        message=storable(message[:4000]),
         data=data,
     )
     session.add(event)

@@ -8,12 +8,14 @@ line number and leaves no row.
 """
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared import jobs
-from shared.db import clock
+from shared import jobs, storage
+from shared.db import clock, reading
 from shared.errors import Conflict, NotFound
 from shared.models import TERMINAL, File, FileStatus, Job
+from shared.settings import Settings
 
 UPLOAD_PURPOSES = ("fine-tune", "batch", "evals", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
@@ -68,7 +70,8 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
     Raises:
         Conflict: a job that has not ended needs it.
     """
-    row = get(session, project_id, file_id)
+    get(session, project_id, file_id)
+    row = session.get_one(File, file_id, with_for_update=True)  # a job being created with it holds a shared lock
     user = session.scalar(
         select(Job.id)
         .where(
@@ -81,6 +84,20 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
     if user is not None:
         raise Conflict(f"file {file_id} is needed by job {user}, which has not ended; cancel the job first")
     session.delete(row)
+
+
+def discard_bytes(settings: Settings, file_id: str) -> None:
+    """Remove bytes whose row could not be written, unless the row is there after all.
+
+    A commit whose confirmation was lost has taken effect; then, and while the database can't be asked, bytes stay.
+    """
+    try:
+        with reading() as session:
+            known = session.get(File, file_id) is not None
+    except SQLAlchemyError:
+        return
+    if not known:
+        storage.delete_file(settings, file_id)
 
 
 def next_unchecked(session: Session) -> File | None:

@@ -13,7 +13,7 @@ A cancel of a running job is a request on its row; whoever owns the run settles 
 
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import events, model_registry
@@ -22,8 +22,11 @@ from shared.errors import BadRequest, Conflict, NotFound
 from shared.ids import new_id
 from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
 from shared.schemas import JobCreate
+from shared.text import storable
 
 DEFAULT_SEED = 3407
+
+MAX_RETRY_DELAY_S = 300.0
 
 ALLOWED: dict[JobStatus, tuple[JobStatus, ...]] = {
     JobStatus.VALIDATING_FILES: (JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED),
@@ -84,7 +87,8 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
 
 
 def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> File:
-    file = session.get(File, file_id)
+    # Shared lock: who settles or deletes the file waits for this job to be there, or this job sees what they did.
+    file = session.get(File, file_id, with_for_update={"read": True})
     if file is None or file.project_id != project_id:
         raise NotFound(f"there is no file {file_id!r}; upload it first (GET /v1/files lists yours)", param=param)
     if file.purpose != "fine-tune":
@@ -111,10 +115,12 @@ def get(session: Session, project_id: str, job_id: str) -> Job:
 def file_settled(session: Session, file_id: str, reason: str | None) -> None:
     """Move on the jobs that wait for a file, in the transaction that settles it. `reason`: why it is invalid."""
     waiting = session.scalars(
-        select(Job).where(
+        select(Job)
+        .where(
             Job.status == JobStatus.VALIDATING_FILES,
             (Job.training_file == file_id) | (Job.validation_file == file_id),
         )
+        .with_for_update()  # two files of one job settled at once: the second must see the first
     ).all()
     for job in waiting:
         which = "training_file" if job.training_file == file_id else "validation_file"
@@ -136,7 +142,7 @@ def claim_next(session: Session, worker: str, lease_s: float) -> Job | None:
     """Take the oldest queued job: queued → running, fence one up, lease started. None if nothing waits."""
     oldest = (
         select(Job.id)
-        .where(Job.status == JobStatus.QUEUED)
+        .where(*_eligible())
         .order_by(Job.created_at, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)  # two claimers take two jobs; SQLite has one writer anyway
@@ -148,6 +154,7 @@ def claim_next(session: Session, worker: str, lease_s: float) -> Job | None:
             status=JobStatus.RUNNING,
             fence=Job.fence + 1,
             lease_until=now() + lease_s,
+            not_before=None,
             worker=worker,
             started_at=func.coalesce(Job.started_at, now()),
             updated_at=now(),
@@ -203,32 +210,19 @@ def request_cancel(session: Session, project_id: str, job_id: str) -> Job:
         NotFound: no such job.
         JobConflict: the job has ended.
     """
-    job = get(session, project_id, job_id)
-    idle = [status for status, to in ALLOWED.items() if JobStatus.CANCELLED in to and status != JobStatus.RUNNING]
-    cancelled = session.scalar(
-        update(Job)
-        .where(Job.id == job_id, Job.status.in_(idle))
-        .values(status=JobStatus.CANCELLED, finished_at=now(), updated_at=now(), cancel_requested_at=now())
-        .returning(Job)
-        .execution_options(populate_existing=True)
-    )
-    if cancelled is not None:
+    get(session, project_id, job_id)
+    # Locked, because the job may move between any two statements; what is decided here must still be true when written.
+    job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+    if job.status in TERMINAL:
+        raise JobConflict(f"job {job_id} has already ended ({job.status}); it can't be cancelled")
+    if job.status != JobStatus.RUNNING:
+        cancelled = _move(session, job_id, JobStatus.CANCELLED, finished_at=now(), cancel_requested_at=now())
         events.append(session, cancelled, "The job was cancelled")
         return cancelled
-    requested = session.scalar(
-        update(Job)
-        .where(Job.id == job_id, Job.status == JobStatus.RUNNING, Job.cancel_requested_at.is_(None))
-        .values(cancel_requested_at=now(), updated_at=now())
-        .returning(Job)
-        .execution_options(populate_existing=True)
-    )
-    if requested is not None:
-        events.append(session, requested, "Cancellation requested")
-        return requested
-    session.refresh(job)
-    if job.status != JobStatus.RUNNING:
-        raise JobConflict(f"job {job_id} has already ended ({job.status}); it can't be cancelled")
-    return job  # asked for before, about to be obeyed
+    if job.cancel_requested_at is None:
+        job = owned(session, job_id, job.fence, cancel_requested_at=now())
+        events.append(session, job, "Cancellation requested")
+    return job
 
 
 def succeed(session: Session, job_id: str, fence: int, **values: Any) -> Job:
@@ -241,7 +235,7 @@ def succeed(session: Session, job_id: str, fence: int, **values: Any) -> Job:
 
 def fail(session: Session, job_id: str, fence: int, code: str, message: str, param: str | None = None) -> Job:
     """running → failed, with a reason the user can act on."""
-    error = {"code": code, "message": message[:8000], "param": param}
+    error = {"code": code, "message": storable(message[:8000]), "param": param}
     job = _move(session, job_id, JobStatus.FAILED, fence=fence, error=error, finished_at=now(), estimated_finish=None)
     events.append(session, job, f"The job failed: {message}", level="error", data={"code": code})
     return job
@@ -255,25 +249,47 @@ def settle_cancelled(session: Session, job_id: str, fence: int) -> Job:
 
 
 def give_back(session: Session, job_id: str, fence: int, reason: str) -> Job:
-    """running → queued without blame: a deploy, a worker that stops."""
+    """running → queued without blame: a deploy, a worker that stops. A cancel that was asked for is settled instead."""
+    if owned(session, job_id, fence).cancel_requested_at is not None:
+        return settle_cancelled(session, job_id, fence)
     job = _move(session, job_id, JobStatus.QUEUED, fence=fence, lease_until=None, worker=None)
     events.append(session, job, f"Back in the queue: {reason}")
     return job
 
 
-def retry_or_fail(session: Session, job_id: str, fence: int, reason: str, max_attempts: int) -> Job:
-    """running → queued after a crash, or failed once `max_attempts` in a row brought no new checkpoint."""
+def retry_or_fail(session: Session, job_id: str, fence: int, reason: str, max_attempts: int, delay_s: float = 0) -> Job:
+    """running → queued after a death, or failed once `max_attempts` in a row brought no new checkpoint."""
     job = owned(session, job_id, fence, attempts=Job.attempts + 1)
     if job.cancel_requested_at is not None:
         return settle_cancelled(session, job_id, fence)
     if job.attempts >= max_attempts:
         return fail(session, job_id, fence, "trainer_died", f"{reason} ({job.attempts} attempts without progress)")
-    moved = _move(session, job_id, JobStatus.QUEUED, fence=fence, lease_until=None, worker=None)
-    events.append(session, moved, f"{reason}; trying again, attempt {job.attempts + 1} of {max_attempts}", level="warn")
+    return _try_again(
+        session,
+        job,
+        f"{reason}; trying again, attempt {job.attempts + 1} of {max_attempts}",
+        _backoff_s(delay_s, job.attempts),
+    )
+
+
+def postpone_or_fail(session: Session, job_id: str, fence: int, reason: str, max_faults: int, delay_s: float) -> Job:
+    """running → queued after a fault that was not the trainer's, with a budget of its own."""
+    job = owned(session, job_id, fence, faults=Job.faults + 1)
+    if job.cancel_requested_at is not None:
+        return settle_cancelled(session, job_id, fence)
+    if job.faults >= max_faults:
+        return fail(session, job_id, fence, "infrastructure_fault", f"{reason} ({job.faults} times in a row)")
+    return _try_again(session, job, f"{reason}; trying again later", _backoff_s(delay_s, job.faults))
+
+
+def _try_again(session: Session, job: Job, message: str, delay_s: float) -> Job:
+    values = {"lease_until": None, "worker": None, "not_before": now() + delay_s}
+    moved = _move(session, job.id, JobStatus.QUEUED, fence=job.fence, **values)
+    events.append(session, moved, message, level="warn")
     return moved
 
 
-def expire_leases(session: Session, max_attempts: int) -> list[Job]:
+def expire_leases(session: Session, max_attempts: int, delay_s: float = 0) -> list[Job]:
     """Take every run whose lease has run out from its worker, which is dead or cut off."""
     expired = session.scalars(
         select(Job)
@@ -282,13 +298,22 @@ def expire_leases(session: Session, max_attempts: int) -> list[Job]:
         .with_for_update(skip_locked=True)
     ).all()
     return [
-        retry_or_fail(session, job.id, job.fence, f"Worker {job.worker} fell silent", max_attempts) for job in expired
+        retry_or_fail(session, job.id, job.fence, f"Worker {job.worker} fell silent", max_attempts, delay_s)
+        for job in expired
     ]
 
 
-def any_queued(session: Session) -> bool:
-    """Whether a job waits for a worker."""
-    return session.scalar(select(Job.id).where(Job.status == JobStatus.QUEUED).limit(1)) is not None
+def count_claimable(session: Session) -> int:
+    """How many jobs wait for a worker right now."""
+    return session.scalar(select(func.count()).select_from(Job).where(*_eligible())) or 0
+
+
+def _eligible() -> tuple[ColumnElement[bool], ...]:
+    return (Job.status == JobStatus.QUEUED, or_(Job.not_before.is_(None), Job.not_before <= now()))
+
+
+def _backoff_s(first_s: float, times: int) -> float:
+    return float(min(first_s * 2 ** (times - 1), MAX_RETRY_DELAY_S))
 
 
 def _move(session: Session, job_id: str, to: JobStatus, *, fence: int | None = None, **values: Any) -> Job:

@@ -48,7 +48,7 @@ TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {dict[str, Any]: JSON, list[str]: JSON, float: Float(53), int: BigInteger}  # noqa: RUF012
+    type_annotation_map = {dict[str, Any]: JSON(none_as_null=True), list[str]: JSON, float: Float(53), int: BigInteger}  # noqa: RUF012
 
 
 class File(Base):
@@ -109,7 +109,11 @@ class Job(Base):
     worker: Mapped[str | None] = mapped_column(String(256))
     cancel_requested_at: Mapped[float | None]
     attempts: Mapped[int] = mapped_column(default=0)
-    """Attempts in a row without a new checkpoint."""
+    """Trainer deaths in a row without a new checkpoint."""
+    faults: Mapped[int] = mapped_column(default=0)
+    """Faults in a row that were not the trainer's: the hub, the disk, the worker itself."""
+    not_before: Mapped[float | None]
+    """A queued job is not claimed before this; a broken worker must not burn through the queue in seconds."""
     last_event: Mapped[int] = mapped_column(default=0)
     """Number of the newest event; counts up in the transaction that writes it."""
 

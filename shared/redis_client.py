@@ -22,10 +22,11 @@ def connect(settings: Settings) -> redis.Redis:
     )
 
 
-def connect_async(settings: Settings) -> redis.asyncio.Redis:
-    """A pooled client for the event loop."""
+def connect_async(settings: Settings, max_connections: int = 100) -> redis.asyncio.Redis:
+    """A pooled client for the event loop. A call that blocks holds one connection for as long."""
     return redis.asyncio.Redis.from_url(
         settings.resolved_redis_url,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=READ_TIMEOUT_S,
+        max_connections=max_connections,
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_v
 
 from shared.model_registry import NamedModel, checkpoint_name
 from shared.models import Checkpoint, File, Job
+from shared.text import first_unstorable
 from shared.training_spec import QUANTIZED_FULL, TrainingSpec
 
 Auto = Literal["auto"]
@@ -19,12 +20,19 @@ T = TypeVar("T")
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        if (text := first_unstorable(value)) is not None:
+            raise ValueError(f"{text[:100]!a} holds a NUL or a lone surrogate, which can't be stored; remove it")
+        return value
+
 
 class Hyperparameters(Request):
     """OpenAI's three. A number in `n_epochs` decides the length of the run."""
 
     batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000, strict=True)] | Auto = "auto"
     n_epochs: Annotated[StrictInt, Field(ge=1, le=1000)] | Auto = "auto"
 
 

@@ -8,9 +8,9 @@ import hashlib
 import os
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 BYTES_PER_GIB = 2**30
@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     """How long a trainer may take to save a checkpoint when its worker is shut down."""
     max_attempts: int = Field(default=3, ge=1)
     """Trainer deaths without a new checkpoint before the job fails."""
+    max_faults: int = Field(default=20, ge=1)
+    """Faults in a row that are not the trainer's (hub, disk, worker) before the job fails."""
+    retry_delay_s: float = Field(default=2, ge=0)
+    """Wait before a job whose run died is tried again; doubles with each further death, up to five minutes."""
 
     max_upload_bytes: int = 512 * 2**20
     """Largest file accepted."""
@@ -81,6 +85,15 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _lease_outlives_heartbeats(self) -> Self:
+        if self.heartbeat_s * 2 > self.lease_s:
+            raise ValueError(
+                f"ANNEAL_HEARTBEAT_S={self.heartbeat_s:g} must be at most half of ANNEAL_LEASE_S={self.lease_s:g}, "
+                "or a single late renewal loses the run"
+            )
+        return self
 
     @cached_property
     def resolved_database_url(self) -> str:

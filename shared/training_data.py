@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.errors import BadRequest
+from shared.text import is_storable
 
 FORMATS = {
     "messages": frozenset({"messages"}),
@@ -189,7 +190,13 @@ def _text(row: dict[str, Any], key: str, line: int, *, empty: bool = False) -> s
         raise InvalidRow(f"`{key}` must be a string, it is {_kind(value)}", line)
     if not value.strip() and not empty:
         raise InvalidRow(f"`{key}` is empty", line)
+    _demand_text(value, f"`{key}`", line)
     return value
+
+
+def _demand_text(value: str, where: str, line: int) -> None:
+    if not is_storable(value):
+        raise InvalidRow(f"{where} holds a NUL or a lone surrogate, which no tokenizer takes; remove it", line)
 
 
 def _messages(value: Any, line: int) -> Iterator[dict[str, str]]:
@@ -208,6 +215,7 @@ def _messages(value: Any, line: int) -> Iterator[dict[str, str]]:
         content = message.get("content")
         if not isinstance(content, str):
             raise InvalidRow(f"{where}.content must be a string, it is {_kind(content)}", line)
+        _demand_text(content, f"{where}.content", line)
         if role == "assistant" and not content.strip():
             raise InvalidRow(f"{where}.content is empty: there is nothing to learn from it", line)
         if role == "system" and index > 0:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**9)]
 
 TUTORIAL_MAX_STEPS = 60
 """Steps of a run whose client names neither `max_steps` nor `n_epochs`."""
@@ -31,15 +31,15 @@ class TrainingSpec(BaseModel):
     """Every parameter is trained."""
     max_steps: PositiveInt | None = None
     """Optimizer steps. None: from `n_epochs`, or 60 if that is not given either."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | Auto = "auto"
+    learning_rate: Annotated[float, Field(gt=0, le=1, strict=True)] | Auto = "auto"
     """Peak learning rate. `auto`: 2e-4 times `learning_rate_multiplier`."""
-    warmup_steps: Annotated[StrictInt, Field(ge=0)] = 5
+    warmup_steps: Annotated[StrictInt, Field(ge=0, le=10**9)] = 5
     """Steps of linear warm-up."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0, strict=True)] = 1.0
     """Gradients are scaled down to this global L2 norm."""
-    batch_size: PositiveInt | Auto = "auto"
+    batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] | Auto = "auto"
     """Conversations per optimizer step (rows, with `packing: rows`). `auto`: 8."""
     micro_batch_size: PositiveInt | Auto = "auto"
     """Conversations per forward pass; changes speed and memory, not gradients. `auto`: 2."""

@@ -113,6 +113,7 @@ def settings(database_url: str, valkey: str, tmp_path: Path, monkeypatch: pytest
         "ANNEAL_POLL_S": "0.1",
         "ANNEAL_LEASE_S": "20",
         "ANNEAL_HEARTBEAT_S": "1",
+        "ANNEAL_RETRY_DELAY_S": "0",
     }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -127,7 +128,7 @@ def settings(database_url: str, valkey: str, tmp_path: Path, monkeypatch: pytest
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
     """The API over its real application, database and Valkey."""
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with TestClient(create_app(settings), base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

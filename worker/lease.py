@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -43,13 +44,13 @@ class LeaseKeeper:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        looks_between_renewals = max(1, int(self._settings.heartbeat_s / self._settings.poll_s))
-        looks = 0
+        renewed_at = time.monotonic()  # by the clock, not by counting looks: each look may take seconds
         while not self._stop.wait(self._settings.poll_s):
-            looks += 1
+            began = time.monotonic()
             try:
-                if looks % looks_between_renewals == 0:
+                if began - renewed_at >= self._settings.heartbeat_s:
                     self._renew()
+                    renewed_at = began
                 else:
                     self._look()
             except jobs.LeaseLost:

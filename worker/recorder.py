@@ -4,8 +4,10 @@ Messages wait in order until the database takes them; a database that is away de
 A step that is trained again after a resume overwrites its metrics and emits nothing new.
 """
 
+import hashlib
 import logging
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from shared.models import Job, Metric
 from shared.redis_client import connect
 from shared.settings import Settings
 from shared.trainer_protocol import Checkpoint, Evaluation, Event, Message, Metrics, Started
-from worker.training.checkpoint import CorruptCheckpoint, verify
+from worker.training.checkpoint import MANIFEST, CorruptCheckpoint, verify
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +40,31 @@ class Recorder:
         self._settings = settings
         self._publisher = events.Publisher(connect(settings))
         self._waiting: deque[Message] = deque()
-        self.final: Checkpoint | None = None
-        """The newest checkpoint registered by this run."""
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._hashing: Future[bool] | None = None
 
     @property
     def full(self) -> bool:
         return len(self._waiting) >= MAX_WAITING
 
-    @property
-    def empty(self) -> bool:
-        return not self._waiting
-
     def add(self, message: Message) -> None:
         self._waiting.append(message)
 
     def flush(self) -> bool:
-        """Write what waits. Returns whether nothing is left.
+        """Write what waits and can be written now. Returns whether nothing is left.
 
         Raises:
             LeaseLost: the claim is over; nothing of this batch is written.
         """
         while self._waiting:
             batch = self._next_batch()
-            checkpoint = batch[0] if isinstance(batch[0], Checkpoint) else None
-            if checkpoint is not None and not self._is_whole(checkpoint):
-                self._waiting.popleft()
-                continue
+            if isinstance(batch[0], Checkpoint):
+                verdict = self._verified(batch[0])
+                if verdict is None:
+                    return False
+                if verdict is False:
+                    self._waiting.popleft()
+                    continue
             try:
                 with transaction() as session:
                     doomed = self._write(session, batch)
@@ -73,7 +74,6 @@ class Recorder:
                 return False
             for _ in batch:
                 self._waiting.popleft()
-            self.final = checkpoint or self.final
             self._publisher.publish(written)
             for location in doomed:
                 storage.delete_tree(self._settings, location)
@@ -93,13 +93,23 @@ class Recorder:
                 break
         return batch
 
-    def _is_whole(self, message: Checkpoint) -> bool:
-        try:
-            verify(Path(message.path))
-        except CorruptCheckpoint as error:
-            log.error("checkpoint of %s not registered: %s", self._job.id, error)
-            return False
-        return True
+    def _verified(self, message: Checkpoint) -> bool | None:
+        """Whether the checkpoint is whole; None while that is being found out.
+
+        In a thread: hashing gigabytes takes seconds, and meanwhile the trainer's pipe and a cancel must be served.
+        """
+        if self._hashing is None:
+            self._hashing = self._hasher.submit(_is_whole, message)
+        if not self._hashing.done():
+            return None
+        verdict, self._hashing = self._hashing.result(), None
+        if not verdict:
+            log.error("checkpoint %d of %s is not registered", message.step, self._job.id)
+        return verdict
+
+    def close(self) -> None:
+        """Stop hashing; what waits is dropped."""
+        self._hasher.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, session: Session, batch: list[Message]) -> list[str]:
         """One transaction. Returns folders to delete once it has committed."""
@@ -170,6 +180,17 @@ class Recorder:
         session.flush()
         retired = checkpoints.retire(session, job, self._base_model, self._keep)
         return retired if replaced is None else [*retired, replaced]
+
+
+def _is_whole(message: Checkpoint) -> bool:
+    """Whether the folder is what its manifest says, and the manifest the one the trainer wrote."""
+    try:
+        verify(Path(message.path))
+        manifest = (Path(message.path) / MANIFEST).read_bytes()
+    except (CorruptCheckpoint, OSError) as error:
+        log.error("checkpoint %s: %s", message.path, error)
+        return False
+    return hashlib.sha256(manifest).hexdigest() == message.manifest_sha256
 
 
 def _metrics(session: Session, job: Job, message: Metrics) -> None:

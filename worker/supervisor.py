@@ -15,14 +15,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from shared import checkpoints, events, jobs, model_registry, results, storage
+from shared import checkpoints, events, files, jobs, model_registry, results, storage
 from shared.db import reading, transaction
-from shared.errors import AppError
+from shared.errors import AppError, BadRequest
 from shared.models import Job
 from shared.settings import Settings
 from shared.trainer_protocol import Done, Failed, Message, Stopped, parse
@@ -30,7 +31,7 @@ from shared.training_spec import TrainerSpec, TrainingSpec
 from worker import base_models, lifecycle
 from worker.lease import LeaseKeeper
 from worker.recorder import Recorder
-from worker.trainer_process import TrainerProcess
+from worker.trainer_process import TrainerProcess, TrainerSurvives
 from worker.training.checkpoint import TEMPORARY_PREFIX, CorruptCheckpoint, verify
 
 log = logging.getLogger(__name__)
@@ -49,17 +50,24 @@ def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | N
         with LeaseKeeper(job.id, job.fence, settings) as lease:
             try:
                 run.execute(lease)
-            except AppError as error:
-                run.settle_failed(error.code, error.message, error.param)
-            except jobs.LeaseLost:
+            except (jobs.LeaseLost, TrainerSurvives):
                 raise
-            except Exception as error:
-                log.exception("supervising %s failed", job.id)
-                run.settle_retry(f"The worker failed: {type(error).__name__}: {error}")
+            except AppError as error:
+                if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+                    run.settle_failed(error.code, error.message, error.param)
+                else:
+                    run.settle_fault(error.message)
+            except Exception:
+                log.exception("supervising %s failed", job.id)  # the details may name hosts: not for the job's events
+                run.settle_fault("The worker failed; its log has the details")
             finally:
                 run.clean_up()
     except jobs.LeaseLost as error:
         log.warning("%s; its results are left to the new owner", error)
+    except TrainerSurvives as error:
+        # Unsettled on purpose: its lease runs out, and by then a restarted worker or another one takes it.
+        log.critical("%s: %s; this worker stops claiming", job.id, error)
+        lifecycle.shutdown.set()
     except Exception:
         log.exception("%s could not be settled; the sweep will take it when its lease runs out", job.id)
 
@@ -85,7 +93,7 @@ class _Run:
         base_dir = self._resolve_base()
         resume_from, complete = self._resume_point()
         if complete:
-            self._succeed()  # the run had ended; only its settlement was lost
+            self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
             return
         if lease.cancel_requested.is_set():
             self._settle_cancelled()
@@ -121,7 +129,12 @@ class _Run:
         """The folder of what is fine-tuned; where base weights came from is told on the job."""
         location = self._job.model_location
         if not location.startswith(model_registry.BASE_LOCATION):
-            return storage.path_of(self._settings, location)
+            folder = storage.path_of(self._settings, location)
+            if not folder.is_dir():
+                raise BadRequest(
+                    f"the model {self._job.model!r} no longer exists", param="model", code="model_not_found"
+                )
+            return folder
         found = base_models.resolve(location.removeprefix(model_registry.BASE_LOCATION), self._settings)
         with transaction() as session:
             job = jobs.owned(
@@ -158,8 +171,10 @@ class _Run:
         trainer.watch(lifecycle.shutdown.fileno())
         watching = True
         while trainer.exit_status() is None:
-            lines = trainer.read_lines(TICK_S) if not self._recorder.full else []
-            verdict = self._take(lines) or verdict
+            if self._recorder.full:
+                lease.lost.wait(TICK_S)
+            else:
+                verdict = self._take(trainer.read_lines(TICK_S)) or verdict
             self._recorder.flush()
             if lease.lost.is_set():
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
@@ -178,8 +193,8 @@ class _Run:
         if watching:
             trainer.unwatch(lifecycle.shutdown.fileno())
         verdict = self._take(trainer.drain()) or verdict
-        while not self._recorder.flush():  # the database is away; the run's end waits for it
-            if lease.lost.wait(1):
+        while not self._recorder.flush():  # a checkpoint is hashed, or the database is away: the end waits for it
+            if lease.lost.wait(TICK_S):
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
         return verdict
 
@@ -201,7 +216,7 @@ class _Run:
     def _settle(self, verdict: Message | None, lease: LeaseKeeper) -> None:
         match verdict:
             case Done():
-                self._succeed()
+                self._succeed(verdict.step)
             case Failed():
                 self.settle_failed(verdict.code, verdict.message, verdict.param)
             case _ if lease.cancel_requested.is_set():
@@ -222,8 +237,13 @@ class _Run:
         last = self._trainer.last_output()
         return f"The trainer {how}" + (f". Its last output: {last}" if last else "")
 
-    def _succeed(self) -> None:
-        """The newest checkpoint is the model; its loss curve becomes the result file."""
+    def _succeed(self, last_step: int | None) -> None:
+        """The last step's checkpoint is the model; its loss curve becomes the result file."""
+        with reading() as session:
+            newest = checkpoints.newest_first(session, self._job.id)[:1]
+        if not newest or newest[0].step != last_step:
+            self.settle_retry(f"The final checkpoint, of step {last_step}, was damaged on its way to storage")
+            return
         curve = results.write_curve(self._settings, self._job)
 
         def change(session: Session) -> None:
@@ -237,7 +257,7 @@ class _Run:
         try:
             self._write(change)
         except BaseException:
-            storage.delete_file(self._settings, curve.file_id)
+            files.discard_bytes(self._settings, curve.file_id)
             raise
 
     def _settle_cancelled(self) -> None:
@@ -247,8 +267,14 @@ class _Run:
         self._write(lambda session: jobs.fail(session, self._job.id, self._job.fence, code, message, param))
 
     def settle_retry(self, reason: str) -> None:
-        most = self._settings.max_attempts
-        self._write(lambda session: jobs.retry_or_fail(session, self._job.id, self._job.fence, reason, most))
+        most, delay_s = self._settings.max_attempts, self._settings.retry_delay_s
+        self._write(lambda session: jobs.retry_or_fail(session, self._job.id, self._job.fence, reason, most, delay_s))
+
+    def settle_fault(self, reason: str) -> None:
+        most, delay_s = self._settings.max_faults, self._settings.retry_delay_s
+        self._write(
+            lambda session: jobs.postpone_or_fail(session, self._job.id, self._job.fence, reason, most, delay_s)
+        )
 
     def _write(self, change: Callable[[Session], object]) -> None:
         """One settling transaction, tried until the database takes it or the claim is lost."""
@@ -265,7 +291,9 @@ class _Run:
                 return
 
     def clean_up(self) -> None:
-        """Remove the scratch folder and half-written checkpoints; the trainer's log stays."""
-        shutil.rmtree(self._work_dir, ignore_errors=True)
-        for leftover in self._checkpoint_dir.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Remove scratch folders and half-written checkpoints, those of earlier claims too; trainers' logs stay."""
+        self._recorder.close()
+        for fence in range(1, self._job.fence + 1):
+            shutil.rmtree(self._work_dir.with_name(str(fence)), ignore_errors=True)
+            for leftover in self._checkpoint_dir.with_name(str(fence)).glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)

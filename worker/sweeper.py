@@ -6,17 +6,16 @@ Safe in any number: every change is a guarded move. Needs no broker: without one
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 
 import redis
-from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared import events, files, jobs
-from shared.db import reading, transaction
+from shared.db import clock, reading, transaction
 from shared.events import Publisher
-from shared.heartbeat import Heartbeat
-from shared.models import Job, JobStatus
+from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES, make_celery, send
 from shared.redis_client import connect
 from shared.settings import Settings
@@ -37,8 +36,11 @@ def run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask_to_stop)
     sweeper = Sweeper(settings)
-    with Heartbeat(settings, "sweep"):
-        while not stop.wait(5 * settings.poll_s):
+    with Heartbeat(settings, "sweep", every_s=None) as heartbeat:  # beaten here: a pass that hangs must show
+        while True:
+            heartbeat.beat()
+            if stop.wait(min(5 * settings.poll_s, SILENT_AFTER_S / 3)):
+                return
             sweeper.sweep()
 
 
@@ -50,6 +52,8 @@ class Sweeper:
         self._celery = make_celery(settings)
         self._redis = connect(settings)
         self._publisher = Publisher(self._redis)
+        self._last_pass = time.monotonic()
+        self._no_expiry_before = 0.0
 
     def sweep(self) -> None:
         try:
@@ -61,10 +65,20 @@ class Sweeper:
             log.warning("hints not sent, the broker said: %s", error)
 
     def expire_leases(self) -> None:
-        """Give back the runs of workers that fell silent."""
+        """Give back the runs of workers that fell silent.
+
+        After a gap in our own passes nobody could renew anything: nothing expires until everybody had a whole lease.
+        """
+        began = time.monotonic()
+        if began - self._last_pass > self._settings.lease_s / 2:
+            self._no_expiry_before = began + self._settings.lease_s
         with transaction() as session:
-            expired = jobs.expire_leases(session, self._settings.max_attempts)
+            clock(session)  # raises while the database is away
+            expired = []
+            if began >= self._no_expiry_before:
+                expired = jobs.expire_leases(session, self._settings.max_attempts, self._settings.retry_delay_s)
             written = events.written(session)
+        self._last_pass = time.monotonic()
         for job in expired:
             log.warning("lease of %s expired; it is now %s", job.id, job.status)
         self._publisher.publish(written)
@@ -72,7 +86,7 @@ class Sweeper:
     def resend_hints(self) -> None:
         """Make sure that as many hints are on their way as rows wait, up to a handful."""
         with reading() as session:
-            queued = session.scalar(select(func.count()).select_from(Job).where(Job.status == JobStatus.QUEUED)) or 0
+            queued = jobs.count_claimable(session)
             unchecked = files.next_unchecked(session) is not None
         for hint, waiting in ((TRAIN, queued), (VALIDATE_FILES, int(unchecked))):
             if waiting:

@@ -42,13 +42,16 @@ def validate_files() -> None:
         except training_data.InvalidRow as error:
             with transaction() as session:
                 files.settle_invalid(session, file.id, error.message)
-        except FileNotFoundError:
+        except (OSError, MemoryError) as error:
+            # Settled all the same: left alone it would be the next to check for ever, and none behind it would be.
+            log.exception("file %s could not be read", file.id)
             with transaction() as session:
-                files.settle_invalid(session, file.id, "its bytes are missing from storage; upload it again")
+                reason = f"it could not be read from storage ({type(error).__name__}); upload it again"
+                files.settle_invalid(session, file.id, reason)
         else:
             with transaction() as session:
                 files.settle_valid(session, file.id, summary.format, summary.rows)
         with reading() as session:
-            waiting = jobs.any_queued(session)
+            waiting = jobs.count_claimable(session)
         if waiting:
             send(celery_app, TRAIN)

@@ -24,14 +24,28 @@ from worker.training.environment import trainer_environment
 
 MAX_LOG_BYTES = 10 * 2**20
 MAX_LINE_BYTES = 2**20
+KILL_LIMIT_S = 30.0
 LAST_LINES = 25
 READ_BYTES = 2**16
+
+
+class TrainerSurvives(Exception):
+    """A trainer can't be killed. Its job must not be given to anybody on this GPU."""
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):  # gone, or the number is a stranger's by now
+        return False
+    return True
 
 
 class TrainerProcess:
     """One trainer. Start it from the main thread: it dies with the thread that started it."""
 
     def __init__(self, spec: TrainerSpec, log_path: Path, command: tuple[str, ...] | None = None) -> None:
+        self._log_file = log_path.open("ab")  # first: nothing may fail once the child runs
         protocol_reader, protocol_writer = os.pipe()
         log_reader, log_writer = os.pipe()
         environment = trainer_environment(os.environ)
@@ -51,6 +65,7 @@ class TrainerProcess:
         except BaseException:
             os.close(protocol_reader)
             os.close(log_reader)
+            self._log_file.close()
             raise
         finally:
             os.close(protocol_writer)
@@ -63,7 +78,6 @@ class TrainerProcess:
             os.set_blocking(descriptor, False)
         self._protocol = protocol_reader
         self._log = log_reader
-        self._log_file = log_path.open("ab")
         self._log_bytes = 0
         self._partial = b""
         self._partial_log = b""
@@ -94,19 +108,43 @@ class TrainerProcess:
         return lines
 
     def exit_status(self) -> int | None:
-        """None while it runs; negative for a signal."""
-        return self._process.poll()
+        """None while it runs; negative for a signal.
+
+        Looks without reaping: as long as the dead leader is not reaped, its number, and so its group's, is nobody
+        else's, and `kill` reaches the right processes.
+        """
+        if self._process.returncode is None:
+            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return None
+            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return self._process.returncode
 
     def send(self, number: signal.Signals) -> None:
         """Signal the trainer itself (not what it started)."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        if self.exit_status() is None:
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        """Kill the whole session and wait until the trainer is gone."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=30)
+        """Kill the whole group and wait until all of it is gone; nothing to do the second time.
+
+        Raises:
+            TrainerSurvives: something in it outlived SIGKILL, stuck in a driver: it may still hold the GPU.
+        """
+        if self._process.returncode is not None:
+            return
+        group = self._process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_LIMIT_S
+        try:
+            self._process.wait(timeout=KILL_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise TrainerSurvives(f"trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s") from error
+        while _group_lives(group):
+            if time.monotonic() > deadline:
+                raise TrainerSurvives(f"a child of trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s")
+            time.sleep(0.02)
 
     def drain(self) -> list[bytes]:
         """What is left in the pipes of a trainer that has exited."""
@@ -123,11 +161,13 @@ class TrainerProcess:
 
     def close(self) -> None:
         """Make sure it is dead, and close everything."""
-        self.kill()
-        self._selector.close()
-        for descriptor in (self._protocol, self._log):
-            os.close(descriptor)
-        self._log_file.close()
+        try:
+            self.kill()
+        finally:
+            self._selector.close()
+            for descriptor in (self._protocol, self._log):
+                os.close(descriptor)
+            self._log_file.close()
 
     def _selector_has_pipes(self) -> bool:
         watched = {key.fd for key in self._selector.get_map().values()}

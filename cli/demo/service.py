@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,14 +55,17 @@ def running(folder: Path) -> Iterator[Service]:
     Raises:
         ServiceFailed: it did not come up.
     """
-    with tempfile.TemporaryDirectory(prefix="anneal-demo-log-") as log_folder:
-        log = Path(log_folder) / "up.log"
+    log = folder / "run" / "logs" / "up.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
             process = _start(folder, errors)
-        try:
-            yield Service(_wait_for_url(process, log), process, log)
-        finally:
-            _stop(process)
+    except OSError as error:
+        raise ServiceFailed(f"the service can't use the folder {folder}: {error.strerror}") from error
+    try:
+        yield Service(_wait_for_url(process, log), process, log)
+    finally:
+        _stop(process)
 
 
 def _start(folder: Path, errors: IO[bytes]) -> "subprocess.Popen[str]":

@@ -23,6 +23,8 @@ TICKET_TOKENS = 48
 """The longest right answer has 26 tokens; a model that rambles is cut here, and would have been wrong anyway."""
 PROMPT_TOKENS = 120
 REQUEST_LIMIT_S = 300.0
+RETRIES = 4
+"""More than the SDK's two: a generator that is restarted takes some seconds on a busy machine."""
 POLL_S = 1.0
 
 PROMPTS = (
@@ -56,6 +58,7 @@ def connect(url: str) -> openai.OpenAI:
         base_url=f"{url}/v1",
         api_key="unused-on-loopback",
         timeout=REQUEST_LIMIT_S,
+        max_retries=RETRIES,
         http_client=openai.DefaultHttpxClient(trust_env=False),
     )
 

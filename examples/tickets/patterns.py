@@ -7,9 +7,9 @@ Three things are said in words and one by name:
     answer     whether to write back → needs_reply (one sentence)
     filler     nothing that counts
 
-`TRAIN`, `VALIDATION` and `TEST` share no sentence. Held-out sentences are other constructions, with other wordings of
-the cue where English has them, not paraphrases by one word. No sentence holds the label it stands for: no ticket
-says "billing" or "high". {p} is the product, {m} a month, {n} a small number, {a} an amount of money.
+`TRAIN`, `VALIDATION` and `TEST` share no sentence. Held-out sentences are other constructions, not paraphrases by one
+word. No sentence holds the label it stands for: no ticket says "billing" or "high". {p} is the product, {m} a month,
+{n} a small number, {a} an amount of money, {o} an order number.
 """
 
 from dataclasses import dataclass

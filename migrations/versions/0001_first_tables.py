@@ -46,16 +46,18 @@ def upgrade() -> None:
         sa.Column("validation_file", sa.String(length=64), nullable=True),
         sa.Column("suffix", sa.String(length=64), nullable=True),
         sa.Column("seed", sa.BigInteger(), nullable=False),
-        sa.Column("metadata", sa.JSON(), nullable=True),
-        sa.Column("hyperparameters", sa.JSON(), nullable=False),
-        sa.Column("method", sa.JSON(), nullable=True),
-        sa.Column("training", sa.JSON(), nullable=False),
-        sa.Column("resolved", sa.JSON(), nullable=True),
+        sa.Column("metadata", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("hyperparameters", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("method", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("training", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("resolved", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("fence", sa.BigInteger(), nullable=False),
         sa.Column("lease_until", sa.Float(precision=53), nullable=True),
         sa.Column("worker", sa.String(length=256), nullable=True),
         sa.Column("cancel_requested_at", sa.Float(precision=53), nullable=True),
         sa.Column("attempts", sa.BigInteger(), nullable=False),
+        sa.Column("faults", sa.BigInteger(), nullable=False),
+        sa.Column("not_before", sa.Float(precision=53), nullable=True),
         sa.Column("last_event", sa.BigInteger(), nullable=False),
         sa.Column("current_step", sa.BigInteger(), nullable=True),
         sa.Column("total_steps", sa.BigInteger(), nullable=True),
@@ -63,7 +65,7 @@ def upgrade() -> None:
         sa.Column("trained_tokens", sa.BigInteger(), nullable=True),
         sa.Column("fine_tuned_model", sa.String(length=256), nullable=True),
         sa.Column("result_files", sa.JSON(), nullable=False),
-        sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
         sa.PrimaryKeyConstraint("id"),
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
@@ -81,7 +83,7 @@ def upgrade() -> None:
         sa.Column("manifest_sha256", sa.String(length=64), nullable=False),
         sa.Column("resumable", sa.Boolean(), nullable=False),
         sa.Column("tokens", sa.BigInteger(), nullable=False),
-        sa.Column("metrics", sa.JSON(), nullable=False),
+        sa.Column("metrics", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"],
@@ -100,7 +102,7 @@ def upgrade() -> None:
         sa.Column("level", sa.String(length=8), nullable=False),
         sa.Column("type", sa.String(length=8), nullable=False),
         sa.Column("message", sa.Text(), nullable=False),
-        sa.Column("data", sa.JSON(), nullable=True),
+        sa.Column("data", sa.JSON(none_as_null=True), nullable=True),
         sa.ForeignKeyConstraint(
             ["job_id"],
             ["jobs.id"],
@@ -113,7 +115,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.String(length=64), nullable=False),
         sa.Column("step", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("values", sa.JSON(), nullable=False),
+        sa.Column("values", sa.JSON(none_as_null=True), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"],
             ["jobs.id"],
@@ -139,7 +141,6 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("models", schema=None) as batch_op:
         batch_op.create_index("models_by_project", ["project_id", "created_at"], unique=False)
-
 
 
 def downgrade() -> None:

@@ -159,6 +159,6 @@ def test_without_a_broker_streams_still_work(
 
 
 def test_a_bad_last_event_id_is_refused(http: httpx.Client, job_id: str) -> None:
-    for value in ("x", "-1", "1.5"):
+    for value in ("x", "-1", "1.5", "9" * 30):
         answer = http.get(f"{JOBS}/{job_id}/events", params={"stream": "true"}, headers={"Last-Event-ID": value})
         assert answer.status_code == 400, value

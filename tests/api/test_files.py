@@ -58,6 +58,8 @@ def test_every_format_is_taken_as_jsonl_and_as_an_array(client: TestClient, row:
         (jsonl([{"messages": [{"role": "user", "content": 3}]}]), "content must be a string, it is a number"),
         (jsonl([{"prompt": "a", "completion": ""}]), "`completion` is empty"),
         (jsonl([chat_row(), {"prompt": "a", "completion": "b"}]), "Line 2: this row is in the"),
+        (b'{"prompt": "\\ud800", "completion": "b"}\n', "lone surrogate"),
+        (b'{"prompt": "a\\u0000", "completion": "b"}\n', "NUL"),
         (b'{"prompt": NaN, "completion": "b"}\n', "NaN is not JSON"),
         (b'{"prompt": "\xff", "completion": "b"}\n', "Line 1: not JSON"),
     ],
@@ -92,6 +94,14 @@ def test_a_wrong_purpose_is_named(client: TestClient, data: dict[str, str], para
     answer = client.post("/v1/files", files={"file": ("a.jsonl", jsonl([chat_row()]))}, data=data)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+def test_a_field_that_does_nothing_is_refused_and_not_ignored(client: TestClient, settings: Settings) -> None:
+    data = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    answer = client.post("/v1/files", files={"file": ("a.jsonl", jsonl([chat_row()]))}, data=data)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "expires_after[anchor]"
+    assert stored(settings) == []
 
 
 def test_a_file_name_is_data_and_never_a_path(client: TestClient, settings: Settings) -> None:

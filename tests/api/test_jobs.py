@@ -1,5 +1,6 @@
 """/v1/fine_tuning/jobs over the real application; nothing trains here."""
 
+import json
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ def create(client: TestClient, **body: Any) -> Any:
     body.setdefault("model", MODEL)
     if "training_file" not in body:
         body["training_file"] = upload(client)["id"]
-    return client.post(JOBS, json=body)
+    content = json.dumps(body)  # the client's own encoder refuses lone surrogates
+    return client.post(JOBS, content=content, headers={"content-type": "application/json"})
 
 
 def test_a_job_with_checked_files_is_queued_at_once(client: TestClient) -> None:
@@ -45,6 +47,13 @@ def test_a_base_model_answers_to_its_alias(client: TestClient) -> None:
         ({"training": {"learning_rat": 1}}, "training.learning_rat", "unknown key"),
         ({"training": {"learning_rate": -1}}, "training.learning_rate", "-1"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate", "fast"),
+        ({"training": {"learning_rate": True}}, "training.learning_rate", "True"),
+        ({"training": {"learning_rate": "0.5"}}, "training.learning_rate", "0.5"),
+        ({"training": {"learning-rate": 1}}, "training.learning-rate", "unknown key"),
+        ({"training": {"max_steps": 10**30}}, "training.max_steps", "10"),
+        ({"hyperparameters": {"learning_rate_multiplier": True}}, "hyperparameters.learning_rate_multiplier", "True"),
+        ({"metadata": {"k": "a\0b"}}, None, "NUL"),
+        ({"model": "a\ud800"}, None, "surrogate"),
         ({"training": {"max_steps": "60"}}, "training.max_steps", "60"),
         ({"training": {"max_steps": 0}}, "training.max_steps", "0"),
         ({"training": {"load_in_4bit": True}}, "training", "QLoRA"),
@@ -132,6 +141,8 @@ def test_jobs_are_listed_newest_first_and_filtered_by_metadata(client: TestClien
     rest = client.get(JOBS, params={"limit": 3, "after": page["last_id"]}).json()
     assert page["has_more"] and [job["id"] for job in rest["data"]] == [ids[0]]
     assert client.get(JOBS, params={"colour": "red"}).status_code == 400
+    bare = create(client, training_file=file).json()["id"]
+    assert [job["id"] for job in client.get(JOBS, params={"metadata": "null"}).json()["data"]] == [bare]
 
 
 def test_unknown_jobs_are_404_on_every_route(client: TestClient) -> None:

@@ -9,8 +9,9 @@ from sqlalchemy import select, update
 
 from shared import events, files, jobs
 from shared.db import clock, now, transaction
+from shared.errors import Conflict, NotFound
 from shared.ids import new_id
-from shared.models import TERMINAL, Event, FileStatus, Job, JobStatus
+from shared.models import TERMINAL, Event, File, FileStatus, Job, JobStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings
 from worker import tasks
@@ -209,3 +210,46 @@ def test_leases_are_measured_by_the_database_clock() -> None:
         session.execute(update(Job).values(lease_until=now() - 0.1))
     with transaction() as session:
         assert [job.id for job in jobs.expire_leases(session, 3)] == [job_id]
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_job_created_while_its_file_is_settled_or_deleted_is_never_stranded() -> None:
+    for attempt in range(12):
+        status = FileStatus.UPLOADED if attempt % 2 else FileStatus.PROCESSED
+        file_id = add_file(status)
+        created: list[str] = []
+
+        def create(file_id: str = file_id, created: list[str] = created) -> None:
+            created.append(add_job(file_id))
+
+        def settle(file_id: str = file_id) -> None:
+            with transaction() as session:
+                files.settle_valid(session, file_id, "messages", 1)
+
+        def remove(file_id: str = file_id) -> None:
+            with transaction() as session:
+                files.delete(session, "default", file_id)
+
+        raised = at_once(create, settle if attempt % 2 else remove)
+        assert all(isinstance(error, NotFound | Conflict) for error in raised), raised
+        with transaction() as session:
+            exists = session.get(File, file_id) is not None
+        if created:
+            assert exists and status_of(created[0]) == "queued"
+
+
+@pytest.mark.usefixtures("settings")
+def test_two_files_settled_at_once_move_their_job_on() -> None:
+    for _ in range(10):
+        one, two = add_file(FileStatus.UPLOADED), add_file(FileStatus.UPLOADED)
+        job_id = add_job(one, validation_file=two)
+
+        def settle(file_id: str) -> Callable[[], None]:
+            def act() -> None:
+                with transaction() as session:
+                    files.settle_valid(session, file_id, "messages", 1)
+
+            return act
+
+        assert at_once(settle(one), settle(two)) == []
+        assert status_of(job_id) == "queued"

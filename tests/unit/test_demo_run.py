@@ -108,9 +108,17 @@ def test_the_curl_line_survives_a_shell():
     assert json.loads(printed[-1])["messages"] == ticket.messages
 
 
-def test_a_service_that_cannot_start_is_an_error_that_shows_what_it_said(tmp_path: Path):
+def test_a_service_that_cannot_start_is_an_error_that_shows_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ANNEAL_LEASE_S", "soon")
+    with pytest.raises(ServiceFailed, match=r"exit status 1(.|\n)*soon"), running(tmp_path):
+        pass
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path):
     (tmp_path / "data").write_text("a file, not a folder")
-    with pytest.raises(ServiceFailed, match="exit status"), running(tmp_path / "data"):
+    with pytest.raises(ServiceFailed, match="data: Not a directory"), running(tmp_path / "data"):
         pass
 
 

@@ -16,11 +16,12 @@ from sqlalchemy import select, update
 
 from shared import checkpoints, files, jobs, model_registry, storage
 from shared.db import now, reading, transaction
+from shared.errors import Unavailable
 from shared.ids import new_id
 from shared.models import Checkpoint, Event, File, FileStatus, Job, Metric, Model
 from shared.schemas import JobCreate
 from shared.settings import Settings
-from worker import lifecycle, supervisor
+from worker import lifecycle, recorder, supervisor
 from worker.sweeper import Sweeper
 
 TOY = (sys.executable, "-m", "tests.worker.toy_trainer")
@@ -229,15 +230,103 @@ def test_a_worker_that_shuts_down_saves_and_gives_the_job_back(
 
 
 def test_a_run_that_lost_its_claim_commits_nothing_more(settings: Settings, submit: Callable[..., str]) -> None:
-    job_id = submit(steps=1000, step_s=0.05)
-    thread = in_thread(claim(settings), settings)
+    job_id = submit(steps=1000, step_s=0.02, save_steps=3)
+    slow = settings.model_copy(update={"poll_s": 1.5})  # the trainer goes on for a while after the claim is gone
+    thread = in_thread(claim(settings), slow)
     wait_for(lambda: (job_of(job_id).current_step or 0) > 2)
     with transaction() as session:
         session.execute(update(Job).where(Job.id == job_id).values(fence=Job.fence + 1))
+    before = everything_of(job_id)
     thread.join(10)
     assert not thread.is_alive() and toys() == []
-    before = job_of(job_id)
-    assert (before.status, before.fence) == ("running", 2)
+    assert everything_of(job_id) == before
+
+
+def everything_of(job_id: str) -> tuple[Any, ...]:
+    """What a run writes: (status, fence, step, metrics, events, checkpoints)."""
+    with reading() as session:
+        job = session.get(Job, job_id)
+        assert job is not None
+        metrics = list(session.scalars(select(Metric.step).where(Metric.job_id == job_id).order_by(Metric.step)))
+        saved = [row.step for row in checkpoints.newest_first(session, job_id)]
+    return job.status, job.fence, job.current_step, metrics, messages(job_id), saved
+
+
+def test_a_final_checkpoint_damaged_before_it_is_registered_is_not_a_model(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recorder.verify
+
+    def damage(path: Path) -> Any:
+        if path.name == "5" and "/1/" in str(path):  # the first attempt's last step
+            (path / "model.safetensors").write_text("not what was written")
+        return whole(path)
+
+    monkeypatch.setattr(recorder, "verify", damage)
+    job_id = submit(steps=5, save_steps=2)
+    run_next(settings)
+    job = job_of(job_id)
+    assert (job.status, job.fine_tuned_model) == ("queued", None)
+    run_next(settings)
+    assert job_of(job_id).status == "succeeded"
+
+
+def test_a_fault_that_is_not_the_trainers_waits_and_spends_another_budget(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise Unavailable("the hub is out of reach; try again")
+
+    resolve = supervisor.base_models.resolve
+    patient = settings.model_copy(update={"retry_delay_s": 60})
+    job_id = submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor.base_models, "resolve", unreachable)
+        supervisor.supervise(claim(settings), patient, TOY)
+    job = job_of(job_id)
+    assert (job.status, job.attempts, job.faults) == ("queued", 0, 1)
+    with transaction() as session:
+        assert jobs.claim_next(session, "w", 60) is None, "it waits before it is tried again"
+        session.execute(update(Job).values(not_before=now() - 1))
+    assert supervisor.base_models.resolve is resolve
+    run_next(settings)
+    job = job_of(job_id)
+    assert (job.status, job.faults) == ("succeeded", 0)
+
+
+def test_a_trainer_that_can_not_be_started_leaves_no_process_and_no_secret(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit()
+    supervisor.supervise(claim(settings), settings, ("/nonexistent/program",))
+    assert job_of(job_id).status == "queued"
+    assert "/nonexistent" not in " ".join(messages(job_id))
+
+
+def test_a_job_with_a_cancel_requested_is_not_given_back(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit()
+    claim(settings)
+    with transaction() as session:
+        jobs.request_cancel(session, "default", job_id)
+    with transaction() as session:
+        jobs.give_back(session, job_id, 1, "deploy")
+    assert job_of(job_id).status == "cancelled"
+
+
+def test_after_an_outage_nothing_expires_until_everybody_had_a_lease(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    job_id = submit()
+    claim(settings)
+    with transaction() as session:
+        session.execute(update(Job).values(lease_until=now() - 1))
+    sweeper = Sweeper(settings)
+    sweeper._last_pass -= settings.lease_s  # as if the database had been away that long
+    sweeper.expire_leases()
+    assert job_of(job_id).status == "running"
+    sweeper._no_expiry_before = 0
+    sweeper.expire_leases()
+    assert job_of(job_id).status == "queued"
 
 
 def test_an_expired_lease_returns_the_job_to_the_queue(settings: Settings, submit: Callable[..., str]) -> None:
