@@ -18,12 +18,9 @@ from typing import Any
 from examples.tickets.patterns import CATEGORIES, MONTHS, PRIORITIES, PRODUCTS, TEST, TRAIN, VALIDATION, Patterns
 
 SEED = 20260
-ROWS = {"train": 528, "validation": 40, "test": 120}
+ROWS = {"train": 720, "validation": 40, "test": 120}
 PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-SYSTEM = (
-    "Triage the ticket as JSON: category (billing, delivery, defect, access, usage), priority (low, high), product, "
-    "needs_reply."
-)
+SYSTEM = "Triage as JSON: category, priority (low, high), product, needs_reply."
 ANSWERS = (False, False, True)
 """What tickets say about an answer, in equal parts."""
 NOISY_SHARE = {"lower case": 0.1, "no punctuation": 0.05, "typos": 0.15}

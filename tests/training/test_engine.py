@@ -48,7 +48,7 @@ def token_losses(trainer: engine.Engine, rows: list[data.Example]) -> dict[tuple
         batch = trainer.data_collator([{"input_ids": row.ids, "labels": row.labels, "seq_lengths": list(row.lengths)}])
         assert "attention_mask" not in batch, "an all-ones mask would let conversations see each other"
         with torch.no_grad():
-            logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+            logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids")).logits[0]
         start = 0
         for length in row.lengths:
             ids = torch.tensor(row.ids[start : start + length])
@@ -260,3 +260,29 @@ def test_choices_that_are_probably_not_meant_are_warned_about(
     assert "bf16" in rate.message
     saved = load_file(tmp_path / "checkpoints" / "1" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("order", "step", "saves", "stops"),
+    [("cancelled", 4, False, True), ("interrupted", 5, True, True), (None, 4, True, False), (None, 5, False, False)],
+)
+def test_what_the_end_of_a_step_decides(
+    make_spec: MakeSpec, tmp_path: Path, order: str | None, step: int, saves: bool, stops: bool
+) -> None:
+    """A cancel publishes nothing even where a checkpoint was due; an interrupt publishes where none was."""
+    from transformers import TrainerControl, TrainerState
+
+    from worker.training.callbacks import RunCallback
+    from worker.training.reporter import Reporter
+    from worker.training.stopping import StopRequests
+
+    spec = make_spec(tmp_path, training={"max_steps": 9, "save_steps": 4})
+    resolved = resolve.resolve(spec, CPU, rows=40, longest=512, has_validation=False, chat_template="chatml")
+    asked = StopRequests(Reporter(2))
+    if order is not None:
+        setattr(asked, order, True)
+    template = templates.Template("chatml", "", "<|im_end|>")
+    callback = RunCallback(spec, resolved, template, [], Reporter(2), asked, first_step=1, tokens_before=0)
+    control = TrainerControl()
+    callback.on_step_end(None, TrainerState(global_step=step), control)
+    assert (control.should_save, control.should_training_stop) == (saves, stops)

@@ -146,6 +146,8 @@ class Generator:
                         self._cancel(delivery.request.id)
             except (RedisError, OSError) as error:
                 log.warning("no beat, the broker said: %s", error)
+            except Exception:
+                log.exception("a beat failed")  # the next may not; without beats this process is taken for dead
             await asyncio.sleep(BEAT_S)
 
     async def _persistently(self, step: Callable[[], Awaitable[None]]) -> None:
@@ -154,6 +156,9 @@ class Generator:
                 await step()
             except (RedisError, OSError) as error:
                 log.warning("%s: the broker said: %s", step.__name__, error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                log.exception("%s failed", step.__name__)
                 await asyncio.sleep(RETRY_S)
 
     def _begin(self, delivery: Delivery) -> None:

@@ -211,6 +211,9 @@ class Mailbox:
             except (RedisError, OSError) as error:
                 log.warning("chunks can't be written: %s", error)
                 await asyncio.sleep(RETRY_S)
+            except Exception:
+                log.exception("chunks can't be written")
+                await asyncio.sleep(RETRY_S)
 
     async def _write(self) -> None:
         self._has_unsent.clear()

@@ -57,16 +57,16 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch is not 
                 d_logits = products.copy_(logits)
                 torch.mm(d_logits, weight, out=d_hidden[start : start + CHUNK_ROWS])
                 d_weight += d_logits.t() @ h
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.gradients = d_hidden, d_weight
         ctx.dtypes = hidden_nd.dtype, weight_vd.dtype
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, d_loss: Any, _d_correct: Any) -> Any:
-        d_hidden, d_weight = ctx.saved_tensors
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # ours alone, so scaled in place
         hidden_dtype, weight_dtype = ctx.dtypes
-        return d_hidden.to(hidden_dtype).mul(d_loss), d_weight.to(weight_dtype).mul(d_loss), None
+        return d_hidden.to(hidden_dtype).mul_(d_loss), d_weight.to(weight_dtype).mul_(d_loss), None
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker import tokenizers
 from worker.training.failures import BadBaseModel
 from worker.training.resolve import Hardware
 from worker.training.templates import Template
@@ -52,10 +53,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         BadBaseModel: the files are missing or broken.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = tokenizers.load(folder)  # as the generator reads it: what was trained is what is served
     except (OSError, ValueError, KeyError) as error:
         raise BadBaseModel(f"the tokenizer of the base model can't be loaded: {error}", "model") from error
     if tokenizer.pad_token is None:
