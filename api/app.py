@@ -128,6 +128,8 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _database_error(_request: Request, error: Exception) -> JSONResponse:
     log.error("the database is out of reach: %s", error)
+    if any(sign in str(error) for sign in ("no such table", "no such column")):  # SQLite has no error of its own for it
+        return error_response(AppError("the database's tables are older than this program; run `anneal migrate`"))
     return error_response(Unavailable("the database is out of reach; try again shortly", retry_after_s=2))
 
 

@@ -103,7 +103,7 @@ def list_files(
     with reading() as session:
         rows, more = page(session, query, File, after=after, limit=limit, ascending=order == "asc")
     data = [FileObject.of(row) for row in rows]
-    return Page(data=data, has_more=more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+    return Page.of(data, more, [row.id for row in data])
 
 
 @router.get("/{file_id}")

@@ -42,7 +42,7 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
     with reading() as session:
         rows, more = page(session, query, Job, after=after, limit=limit)
     data = [FineTuningJob.of(job) for job in rows]
-    return Page(data=data, has_more=more, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+    return Page.of(data, more, [row.id for row in data])
 
 
 @router.get("/{job_id}")
@@ -70,12 +70,7 @@ def list_checkpoints(job_id: str, caller: Caller, limit: Limit = 10, after: Afte
             raise BadRequest(f"after={after!r} is not the id of a checkpoint of {job_id}", param="after")
         rows = rows[ids.index(after) + 1 :]
     data = [JobCheckpoint.of(row, model_registry.tuned_name(job, base)) for row in rows[:limit]]
-    return Page(
-        data=data,
-        has_more=len(rows) > limit,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-    )
+    return Page.of(data, len(rows) > limit, [row.id for row in data])
 
 
 @router.get("/{job_id}/metrics", response_model=None)

@@ -70,12 +70,7 @@ def _page(job_id: str, after: str | None, limit: int) -> Page[dict[str, Any]]:
             query = query.where(Event.sequence < cursor.sequence)
         rows = session.scalars(query.order_by(Event.sequence.desc()).limit(limit + 1)).all()
     data = [events.shown(row) for row in rows[:limit]]
-    return Page(
-        data=data,
-        has_more=len(rows) > limit,
-        first_id=data[0]["id"] if data else None,
-        last_id=data[-1]["id"] if data else None,
-    )
+    return Page.of(data, len(rows) > limit, [row["id"] for row in data])
 
 
 class Streams:

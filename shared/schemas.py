@@ -172,6 +172,11 @@ class Page(BaseModel, Generic[T]):
     first_id: str | None = None
     last_id: str | None = None
 
+    @classmethod
+    def of(cls, data: list[T], has_more: bool, ids: list[str]) -> Self:
+        """A page of objects with the ids that cursors are made of."""
+        return cls(data=data, has_more=has_more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
+
 
 class JobError(BaseModel):
     code: str

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from api.app import MAX_JSON_BODY_BYTES, create_app
-from shared.settings import Settings
+from shared import db
+from shared.settings import Settings, get_settings
 from tests.conftest import upload
 
 KEY = "sk-test-ünïcode"
@@ -156,12 +158,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_a_database_that_is_away_is_a_503_to_come_back_to(
     client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shared import db
-
     file = upload(client)
     monkeypatch.setenv("ANNEAL_DATABASE_URL", "postgresql+psycopg://postgres@127.0.0.1:1/none")
-    from shared.settings import get_settings
-
     get_settings.cache_clear()
     db.reset()
     answer = client.get(f"/v1/files/{file['id']}")
@@ -169,3 +167,13 @@ def test_a_database_that_is_away_is_a_503_to_come_back_to(
     assert answer.headers["retry-after"] == "2"
     assert client.get("/health/ready").status_code == 503
     assert client.get("/health/live").status_code == 200
+
+
+def test_a_database_without_our_tables_says_what_to_run(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANNEAL_DATABASE_URL", f"sqlite:///{tmp_path / 'empty.db'}")
+    get_settings.cache_clear()
+    db.reset()
+    error = is_openai_error(client.get("/v1/files"), 500)
+    assert "anneal migrate" in error["message"]

@@ -18,6 +18,7 @@ from shared.training_spec import Resolved, TrainerSpec
 from worker.training import checkpoint, engine, model
 from worker.training.data import Example
 from worker.training.failures import Diverged
+from worker.training.heap import HeapTrimmer
 from worker.training.progress import Progress, times_due
 from worker.training.reporter import Reporter
 from worker.training.stopping import StopRequests
@@ -44,6 +45,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._template = template
         self._validation = validation
         self._reporter = reporter
+        self._heap = HeapTrimmer()
         self._stops = stops
         self._first_step = first_step
         self._tokens_before = tokens_before
@@ -72,6 +74,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         self._stops.last_step = step
+        self._heap.after_step()
         last = step >= self._resolved.max_steps
         if self._stops.requested and not last:
             control.should_training_stop = True
