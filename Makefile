@@ -6,13 +6,21 @@
 #   make types   mypy --strict
 #   make up      the service on ./anneal-data, until Ctrl-C
 #
+# Proofs that take longer than tests may; each prints its seed, replays with SEED=, takes ARGS=, writes a verdict to OUT=:
+#
+#   make campaign    random faults on real processes: make campaign ARGS="--database postgresql --trainer unsloth"
+#   make failpoints  a kill or an error at every write, fsync, rename, commit and publish
+#   make mutants     guards removed one at a time: every one must be caught
+#   make contention  races, duplicate deliveries, competing claimers
+#   make soak        half an hour under load: memory, descriptors and disk must stay flat
+#
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13), LOCK=locks/gpu.lock installs for an NVIDIA GPU.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo up test lint types containers clean
+.PHONY: help install demo up test lint types containers clean campaign failpoints mutants contention soak
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -25,7 +33,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,9s/^# *//p' Makefile
+	@sed -n '3,18s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -48,6 +56,14 @@ up: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+PROOF = $(BIN)/python -m tests.$@ $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+campaign failpoints mutants contention: install
+	$(PROOF)
+
+soak: install
+	$(subst tests.soak,tests.campaign.soak,$(PROOF))
 
 lint: install
 	$(BIN)/ruff check .

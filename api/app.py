@@ -14,12 +14,13 @@ from uuid import uuid4
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import chat, files, fine_tuning, health, job_events, models
 from api.deps import check_key
+from shared.db import UNAVAILABLE
 from shared.errors import AppError, BadRequest, NotFound, PermissionDenied, TooLarge, Unauthorized, Unavailable
 from shared.queue import Outbox, make_celery
 from shared.redis_client import connect_async
@@ -60,7 +61,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(AppError, _app_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(OperationalError, _database_error)
+    for unavailable in UNAVAILABLE:
+        app.add_exception_handler(unavailable, _database_error)
     app.add_exception_handler(DataError, _data_error)
     app.add_middleware(Envelope, settings=settings)
     return app

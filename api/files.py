@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Form, Request, UploadFile
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import select
 
 from api.deps import Caller, OutboxDep, SettingsDep
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/files", tags=["files"])
 
 MAX_FILENAME_CHARACTERS = 255
+CONTENT_TYPE = "application/octet-stream"
 
 
 async def _only_known_fields(request: Request) -> None:
@@ -60,7 +62,7 @@ def create_file(
             raise training_data.InvalidRow("the file is empty")
         if purpose == "fine-tune":
             if stored.bytes <= settings.inline_validation_bytes:
-                summary = training_data.validate(stored.path)
+                summary = training_data.validate(storage.local_file(settings, file_id, sha256=stored.sha256))
             else:
                 status = FileStatus.UPLOADED
         with transaction() as session:
@@ -112,20 +114,33 @@ def retrieve_file(file_id: str, caller: Caller) -> FileObject:
         return FileObject.of(files.get(session, caller.project_id, file_id))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
-def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> FileResponse:
+@router.get("/{file_id}/content", response_class=StreamingResponse)
+def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> Response:
+    """The bytes as they were sent, in constant memory. From an object store, never all of them if one is wrong."""
     with reading() as session:
         row = files.get(session, caller.project_id, file_id)
-    path = storage.file_path(settings, row.id)
-    if not path.is_file():
+    try:
+        path = storage.file_on_disk(settings, row.id)
+        if path is not None:
+            return FileResponse(path, media_type=CONTENT_TYPE, filename=row.filename)
+        chunks = storage.open_file(settings, row.id, sha256=row.sha256)
+    except FileNotFoundError as error:
         log.error("file %s has a row and no bytes", row.id)
-        raise NotFound(f"the bytes of file {row.id} are missing from storage; delete it and upload it again")
-    return FileResponse(path, media_type="application/octet-stream", filename=row.filename)
+        message = f"the bytes of file {row.id} are missing from storage; delete it and upload it again"
+        raise NotFound(message) from error
+    headers = {
+        "content-length": str(row.bytes),
+        "content-disposition": f"attachment; filename*=utf-8''{quote(row.filename, safe='')}",
+    }
+    return StreamingResponse(chunks, media_type=CONTENT_TYPE, headers=headers)
 
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
     with transaction() as session:
         files.delete(session, caller.project_id, file_id)
-    storage.delete_file(settings, file_id)
+    try:
+        storage.delete_file(settings, file_id)
+    except storage.StorageUnavailable as error:
+        log.warning("the bytes of file %s are left to the sweep: %s", file_id, error)  # its row is gone for good
     return Deleted(id=file_id, object="file")

@@ -4,6 +4,7 @@ The folder is the trainer's work and is published before; a folder that no row n
 checkpoint is a model that can be served by name, so the two rows come and go together.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import delete, select
@@ -57,10 +58,24 @@ def register(
         )
     )
     session.merge(_model(job, name, "checkpoint", base_model, location, created))
-    events.append(
-        session, job, f"Checkpoint created at step {step}: {name}", data={"step": step, "model": name, "tokens": tokens}
-    )
+    if replaced is None:  # else a step that was trained again, which emits nothing new
+        data = {"step": step, "model": name, "tokens": tokens}
+        events.append(session, job, f"Checkpoint created at step {step}: {name}", data=data)
     return None if replaced == location else replaced
+
+
+def discard(session: Session, job: Job, fence: int, step: int, base_model: str) -> None:
+    """Forget a checkpoint whose files turned out to be damaged, and the model it was.
+
+    Raises:
+        LeaseLost: the claim is over.
+    """
+    job = jobs.owned(session, job.id, fence)
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step))
+    name = model_registry.checkpoint_name(model_registry.tuned_name(job, base_model), step)
+    session.execute(delete(Model).where(Model.id == name))
+    message = f"The checkpoint of step {step} is damaged and no longer used; the one before it is"
+    events.append(session, job, message, level="warn", data={"step": step, "model": name})
 
 
 def publish_tuned(session: Session, job: Job, *, base_model: str, location: str) -> str:
@@ -89,14 +104,22 @@ def newest_first(session: Session, job_id: str) -> list[Checkpoint]:
 
 
 def retire(session: Session, job: Job, base_model: str, keep: int) -> list[str]:
-    """Forget all but the newest `keep` checkpoints and those a live job starts from.
+    """Forget all but the newest `keep` checkpoints, the best by validation loss, and those a live job starts from.
 
     Returns the folders to delete once this is committed.
     """
     in_use = set(session.scalars(select(Job.model_location).where(Job.status.not_in(TERMINAL))))
-    old = [checkpoint for checkpoint in newest_first(session, job.id)[keep:] if checkpoint.location not in in_use]
+    known = newest_first(session, job.id)
+    best = best_of(known)
+    old = [row for row in known[keep:] if row is not best and row.location not in in_use]
     tuned = model_registry.tuned_name(job, base_model)
     for checkpoint in old:
         session.execute(delete(Model).where(Model.id == model_registry.checkpoint_name(tuned, checkpoint.step)))
         session.delete(checkpoint)
     return [checkpoint.location for checkpoint in old]
+
+
+def best_of(known: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest loss over the whole validation file, the earliest of equals; None without any."""
+    measured = [row for row in known if row.metrics.get("full_valid_loss") is not None]
+    return min(measured, key=lambda row: (row.metrics["full_valid_loss"], row.step), default=None)

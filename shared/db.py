@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Float, create_engine, event, select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -24,6 +25,13 @@ from shared.settings import get_settings
 SQLITE_SAFE_WAL = (3, 51, 3)
 """SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
 SQLITE_BUSY_TIMEOUT_S = 20
+
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
+"""What a database that is away, starting, out of locks or read-only raises: the same write may succeed later.
+
+InternalError is here for two of PostgreSQL's: a transaction it ended because its client stood still, and a standby
+that refuses writes in the middle of a fail-over.
+"""
 
 
 class now(FunctionElement[float]):
@@ -46,11 +54,14 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
 def make_engine(url: str) -> Engine:
     """An engine with this project's rules on it.
 
-    PostgreSQL: connections are probed before use, statements wait 10 s for a lock at most. SQLite: one host only;
-    the journal is chosen by version, writers queue in `BEGIN IMMEDIATE`.
+    PostgreSQL: connections are probed before use, a dead peer is noticed by TCP within half a minute, statements wait
+    10 s for a lock at most, and a client that stands still inside a transaction loses it within a quarter of a lease,
+    or a process that was stopped there would hold its rows beyond their lease. SQLite: one host only; the journal is
+    chosen by version, writers queue in `BEGIN IMMEDIATE`.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
+        idle_ms = max(1000, round(get_settings().lease_s * 1000 / 4))
         return create_engine(
             url,
             pool_pre_ping=True,
@@ -58,7 +69,12 @@ def make_engine(url: str) -> Engine:
             max_overflow=30,
             connect_args={
                 "connect_timeout": 5,
-                "options": "-c lock_timeout=10s -c statement_timeout=30s -c idle_in_transaction_session_timeout=60s",
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 30_000,  # what was sent and never acknowledged, which keepalives don't cover
+                "options": "-c lock_timeout=10s -c statement_timeout=30s "
+                f"-c idle_in_transaction_session_timeout={idle_ms}ms",
             },
         )
     if parsed.database and parsed.database != ":memory:":

@@ -7,6 +7,8 @@ The transaction that settles a file moves the jobs that wait for it on. An inval
 line number and leaves no row.
 """
 
+from contextlib import suppress
+
 from sqlalchemy import select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -97,7 +99,8 @@ def discard_bytes(settings: Settings, file_id: str) -> None:
     except SQLAlchemyError:
         return
     if not known:
-        storage.delete_file(settings, file_id)
+        with suppress(storage.StorageUnavailable):  # then it is garbage, which the sweep collects
+            storage.delete_file(settings, file_id)
 
 
 def next_unchecked(session: Session) -> File | None:

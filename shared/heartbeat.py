@@ -53,6 +53,7 @@ class Heartbeat:
     """
 
     def __init__(self, settings: Settings, name: str, *, every_s: float | None = BEAT_EVERY_S) -> None:
+        self.name = name
         self._path = heartbeat_path(settings, name)
         self._every_s = every_s
         self._stopped = threading.Event()

@@ -3,7 +3,7 @@
     create ─► validating_files ─ files valid ─► queued ─ claim (fence+1) ─► running ─ final checkpoint ─► succeeded
                 │      │                         │  ▲                        │  │
                 │      └─ file invalid ─► failed │  └─ lease expired, crash, ┘  ├─ error, no attempts left ─► failed
-                │                                │     deploy                   │
+                │                                │     deploy, memory           │
                 └────── cancel ─► cancelled ◄────┴─────────── cancel obeyed ────┘
 
 Every move is one UPDATE guarded by the status it starts from and, for a run, by the fence of the claim: of two
@@ -289,8 +289,23 @@ def _try_again(session: Session, job: Job, message: str, delay_s: float) -> Job:
     return moved
 
 
-def expire_leases(session: Session, max_attempts: int, delay_s: float = 0) -> list[Job]:
-    """Take every run whose lease has run out from its worker, which is dead or cut off."""
+def adapt(session: Session, job_id: str, fence: int, overrides: dict[str, Any], message: str) -> Job:
+    """running → queued without blame: memory ran out, and the next attempt makes other choices."""
+    job = owned(session, job_id, fence)
+    if job.cancel_requested_at is not None:
+        return settle_cancelled(session, job_id, fence)
+    values = {"adapted": {**(job.adapted or {}), **overrides}, "lease_until": None, "worker": None}
+    moved = _move(session, job_id, JobStatus.QUEUED, fence=fence, **values)
+    events.append(session, moved, message, level="warn", data={"training": overrides})
+    return moved
+
+
+def expire_leases(session: Session, max_faults: int, delay_s: float = 0) -> list[Job]:
+    """Take every run whose lease has run out from its worker, which is dead or cut off.
+
+    Not the trainer's fault as far as anybody knows, so it spends the budget of faults; that one is bounded too, or a
+    job that takes its whole host down would do so for ever.
+    """
     expired = session.scalars(
         select(Job)
         .where(Job.status == JobStatus.RUNNING, Job.lease_until < now())
@@ -298,7 +313,7 @@ def expire_leases(session: Session, max_attempts: int, delay_s: float = 0) -> li
         .with_for_update(skip_locked=True)
     ).all()
     return [
-        retry_or_fail(session, job.id, job.fence, f"Worker {job.worker} fell silent", max_attempts, delay_s)
+        postpone_or_fail(session, job.id, job.fence, f"Worker {job.worker} fell silent", max_faults, delay_s)
         for job in expired
     ]
 

@@ -102,6 +102,8 @@ class Job(Base):
     """`TrainingSpec` as sent."""
     resolved: Mapped[dict[str, Any] | None]
     """`Resolved`, from the trainer."""
+    adapted: Mapped[dict[str, Any] | None]
+    """Choices of `training` that were overridden because memory ran out."""
 
     fence: Mapped[int] = mapped_column(default=0)
     """Number of claims so far; a write by an older claim matches no row."""
@@ -111,7 +113,7 @@ class Job(Base):
     attempts: Mapped[int] = mapped_column(default=0)
     """Trainer deaths in a row without a new checkpoint."""
     faults: Mapped[int] = mapped_column(default=0)
-    """Faults in a row that were not the trainer's: the hub, the disk, the worker itself."""
+    """Faults in a row that were not the trainer's: the hub, the disk, a worker that vanished."""
     not_before: Mapped[float | None]
     """A queued job is not claimed before this; a broken worker must not burn through the queue in seconds."""
     last_event: Mapped[int] = mapped_column(default=0)
@@ -198,3 +200,16 @@ class Model(Base):
     created_at: Mapped[float]
 
     __table_args__ = (Index("models_by_project", "project_id", "created_at"),)
+
+
+class Sweep(Base):
+    """One row: when the sweep last looked, so that any number of sweeps, restarted at any time, share one grace."""
+
+    __tablename__ = "sweeps"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    last_pass_at: Mapped[float]
+    no_expiry_before: Mapped[float]
+    """Until then no lease expires: after an outage everybody has one whole lease to renew theirs."""
+    instance: Mapped[str] = mapped_column(String(64))
+    """Name of this database, written into the storage it belongs to: garbage is collected in no other."""

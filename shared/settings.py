@@ -7,6 +7,7 @@ Secrets are read here and never logged.
 import hashlib
 import os
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Self
 
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 BYTES_PER_GIB = 2**30
+FOLDER_SCHEMES = ("file", "local")
 MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107 bytes of path for a unix socket."""
 
@@ -36,7 +38,10 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(default=None, repr=False)
     """Redis or Valkey. Unset: `anneal up` embeds a Valkey on a unix socket in `data`."""
     storage_url: str | None = None
-    """Folder of files, checkpoints and models. Unset: `data`/storage. All nodes must see the same one."""
+    """Where files, checkpoints and models are: a folder, or an object store such as `s3://bucket/prefix`, the same for
+    all nodes. Unset: `data`/storage."""
+    cache_bytes: int = Field(default=20 * BYTES_PER_GIB, gt=0)
+    """How much of an object store this host keeps a copy of; past it the least recently used go."""
     models_dir: Path | None = None
     """The operator's own base models: `models_dir/<owner>/<name>/` with config.json and safetensors."""
     base_models: tuple[str, ...] = ("HuggingFaceTB/SmolLM2-135M-Instruct",)
@@ -51,15 +56,22 @@ class Settings(BaseSettings):
     poll_s: float = Field(default=1, gt=0)
     """How often a supervisor looks for a cancel request, and the sweep for stale rows (five times this)."""
     trainer_stop_s: float = Field(default=10, gt=0)
-    """Between SIGTERM and SIGKILL of a trainer asked to cancel."""
+    """Between the order to cancel and SIGKILL of a trainer."""
     deploy_stop_s: float = Field(default=60, gt=0)
     """How long a trainer may take to save a checkpoint when its worker is shut down."""
+    trainer_silent_s: float = Field(default=60, gt=2)
+    """A trainer that says nothing for this long was stopped or hangs: it is killed, and its job goes on elsewhere."""
+    trainer_memory_bytes: int | None = Field(default=None, gt=0)
+    """Memory a trainer may take: of the GPU, or of the host beyond what its libraries need. Unset: all there is."""
     max_attempts: int = Field(default=3, ge=1)
     """Trainer deaths without a new checkpoint before the job fails."""
     max_faults: int = Field(default=20, ge=1)
-    """Faults in a row that are not the trainer's (hub, disk, worker) before the job fails."""
+    """Faults in a row that are not the trainer's (hub, disk, a worker that vanished) before the job fails."""
     retry_delay_s: float = Field(default=2, ge=0)
     """Wait before a job whose run died is tried again; doubles with each further death, up to five minutes."""
+
+    garbage_age_s: float = Field(default=3600, ge=0)
+    """Bytes in storage that no row names are removed once they are this old; younger ones may still get their row."""
 
     max_upload_bytes: int = 512 * 2**20
     """Largest file accepted."""
@@ -105,19 +117,44 @@ class Settings(BaseSettings):
         """The broker to use; by default the embedded one's socket."""
         return self.redis_url or f"unix://{self.valkey_socket}"
 
+    @field_validator("storage_url")
+    @classmethod
+    def _storage_can_be_opened(cls, url: str | None) -> str | None:
+        scheme, separator, rest = (url or "").partition("://")
+        if not separator or scheme in FOLDER_SCHEMES:
+            return url
+        from fsspec.registry import known_implementations  # here: most services have a folder, and start faster
+
+        known = known_implementations.get(scheme)
+        if known is None or not rest or (rest.startswith("/") and scheme in ("s3", "s3a")):
+            raise ValueError(
+                f"ANNEAL_STORAGE_URL={url!r} is no folder and no object store; "
+                "give a path, or a bucket as in s3://bucket/prefix"
+            )
+        package = str(known["class"]).partition(".")[0]
+        if find_spec(package) is None:
+            raise ValueError(f"ANNEAL_STORAGE_URL={url!r} needs the package {package}; run `pip install {package}`")
+        return url
+
+    @property
+    def storage_is_folder(self) -> bool:
+        """Whether `storage_url` names a folder; else it names an object store."""
+        scheme, separator, _ = (self.storage_url or "").partition("://")
+        return not separator or scheme in FOLDER_SCHEMES
+
     @cached_property
     def storage_root(self) -> Path:
         """Absolute folder behind `storage_url`.
 
         Raises:
-            ValueError: the URL names something else than a folder.
+            ValueError: storage is an object store.
         """
         url = self.storage_url
         if url is None:
             return self.data / "storage"
-        if "://" in url and not url.startswith("file://"):
-            raise ValueError(f"ANNEAL_STORAGE_URL={url!r} is not a folder; object stores are not supported yet")
-        return Path(url.removeprefix("file://")).expanduser().absolute()
+        if not self.storage_is_folder:
+            raise ValueError(f"ANNEAL_STORAGE_URL={url!r} is no folder")
+        return Path(url.partition("://")[2] if "://" in url else url).expanduser().absolute()
 
     @cached_property
     def valkey_socket(self) -> Path:

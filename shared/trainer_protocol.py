@@ -1,6 +1,7 @@
 """What a trainer tells its supervisor: one JSON object a line, on a pipe of its own.
 
     started → (metrics | evaluation | checkpoint | event)* → done | stopped | error
+    alive, in between, every second: the process runs
 
 The pipe is file descriptor `ANNEAL_PROTOCOL_FD` (standard output when the variable is missing, as in
 `python -m worker.training < spec.json`); libraries that print write to standard error instead. Orders travel the
@@ -19,6 +20,12 @@ PROTOCOL_FD = "ANNEAL_PROTOCOL_FD"
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Alive(_Message):
+    """Nothing happened, and the process runs. Never recorded."""
+
+    type: Literal["alive"] = "alive"
 
 
 class Started(_Message):
@@ -61,8 +68,8 @@ class Metrics(_Message):
     """Mean cross-entropy in nats over the tokens trained on in this step."""
     mean_token_accuracy: float | None = None
     learning_rate: float
-    grad_norm: float
-    """Global L2 norm before clipping."""
+    grad_norm: float | None
+    """Global L2 norm before clipping. None: it was not finite, and fp16's loss scaler skipped the step."""
     tokens: int
     """Non-padding tokens seen since the start of the job, resumed parts included."""
     tokens_per_second: float
@@ -130,7 +137,7 @@ class Failed(_Message):
 
 
 Message = Annotated[
-    Started | Event | Metrics | Evaluation | Checkpoint | Done | Stopped | Failed, Field(discriminator="type")
+    Alive | Started | Event | Metrics | Evaluation | Checkpoint | Done | Stopped | Failed, Field(discriminator="type")
 ]
 _adapter: TypeAdapter[Message] = TypeAdapter(Message)
 

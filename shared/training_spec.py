@@ -62,6 +62,9 @@ class TrainingSpec(BaseModel):
     """How conversations become text. `auto`: the base model's own."""
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens the loss is taken over."""
+    on_oom: Literal["adapt", "truncate", "fail"] = "adapt"
+    """When memory runs out. `adapt`: smaller micro-batches of the same batch, then gradient checkpointing, neither of
+    which changes a gradient. `truncate`: shorter sequences after that. `fail`: end the job and name what would fit."""
     eval_steps: PositiveInt | Auto = "auto"
     """Evaluate on `validation_file` this often. `auto`: at every checkpoint."""
     save_steps: PositiveInt | Auto = "auto"
@@ -100,7 +103,7 @@ class TrainingSpec(BaseModel):
 
 
 class TrainerSpec(BaseModel):
-    """What `python -m worker.training` reads from standard input: one JSON object, paths absolute.
+    """What `python -m worker.training` reads from standard input: one JSON object on one line, paths absolute.
 
     Only folders named here are touched. The trainer knows no database, broker or network.
     """
@@ -126,6 +129,10 @@ class TrainerSpec(BaseModel):
     n_epochs: float | Literal["auto"] = "auto"
     learning_rate_multiplier: float | Literal["auto"] = "auto"
     seed: int = 3407
+    memory_limit_bytes: int | None = Field(default=None, gt=0)
+    """Memory this trainer may take (`worker.training.memory` says what is counted). None: all there is."""
+    leash_s: float | None = None
+    """Silence of the supervisor on standard input after which the trainer ends itself. None: started by hand."""
 
 
 class Resolved(BaseModel):

@@ -5,8 +5,8 @@ from typing import Any
 
 from celery import signals
 
-from shared import db, logs
-from shared.heartbeat import Heartbeat
+from shared import db, heartbeat, logs
+from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import make_celery
 from shared.settings import get_settings
 from worker import lifecycle
@@ -18,6 +18,19 @@ _main_pid = os.getpid()
 _heartbeats: list[Heartbeat] = []
 
 
+class _WorkerHeartbeat(Heartbeat):
+    """The worker's own, which falls silent with its pool child's: one that was stopped or hangs must be replaced."""
+
+    def beat(self) -> None:
+        age_s = heartbeat.age(get_settings(), _child_name(self.name))
+        if age_s is None or age_s < SILENT_AFTER_S:  # None: the first child is still being born
+            super().beat()
+
+
+def _child_name(name: str) -> str:
+    return f"{name}-child"
+
+
 @signals.setup_logging.connect
 def _logs(**_: Any) -> None:
     logs.configure(get_settings().log_level)
@@ -26,9 +39,9 @@ def _logs(**_: Any) -> None:
 @signals.celeryd_after_setup.connect
 def _alive(instance: Any, **_: Any) -> None:
     # Before the broker is reached: a worker that waits for it is healthy.
-    heartbeat = Heartbeat(get_settings(), "-".join(sorted(instance.app.amqp.queues.consume_from)))
-    heartbeat.__enter__()
-    _heartbeats.append(heartbeat)  # kept for the life of the process
+    name = "-".join(sorted(instance.app.amqp.queues.consume_from))
+    heartbeat.heartbeat_path(get_settings(), _child_name(name)).unlink(missing_ok=True)  # of a worker before us
+    _begin(_WorkerHeartbeat(get_settings(), name))
 
 
 @signals.worker_shutting_down.connect
@@ -40,3 +53,10 @@ def _shutting_down(**_: Any) -> None:
 def _child(**_: Any) -> None:
     lifecycle.die_with_parent(_main_pid)
     db.reset()  # connections don't survive a fork
+    # The parent's heartbeat came along with the fork; its thread didn't.
+    _begin(Heartbeat(get_settings(), _child_name(_heartbeats[0].name)))
+
+
+def _begin(heart: Heartbeat) -> None:
+    heart.__enter__()
+    _heartbeats.append(heart)  # kept for the life of the process

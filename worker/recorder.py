@@ -4,30 +4,34 @@ Messages wait in order until the database takes them; a database that is away de
 A step that is trained again after a resume overwrites its metrics and emits nothing new.
 """
 
-import hashlib
 import logging
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import checkpoints, events, jobs, storage
-from shared.db import clock, transaction
+from shared.checkpoint_files import MANIFEST, CorruptCheckpoint, sha256_of, verify
+from shared.db import UNAVAILABLE, clock, transaction
+from shared.errors import AppError
 from shared.models import Event as EventRow
 from shared.models import Job, Metric
 from shared.redis_client import connect
 from shared.settings import Settings
 from shared.trainer_protocol import Checkpoint, Evaluation, Event, Message, Metrics, Started
-from worker.training.checkpoint import MANIFEST, CorruptCheckpoint, verify
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 20_000
 """Messages held while the database is away; beyond it the trainer's pipe fills and it waits too."""
 BATCH = 200
+STORE_AGAIN_S = 1.0
+KEPT_WHILE_RUNNING = 2
+"""At least: were the newest one damaged, there must be one before it."""
 
 
 class Recorder:
@@ -40,8 +44,12 @@ class Recorder:
         self._settings = settings
         self._publisher = events.Publisher(connect(settings))
         self._waiting: deque[Message] = deque()
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="verify")
-        self._hashing: Future[bool] | None = None
+        self._storing_thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._storing: Future[str | None] | None = None
+        self._store_again_at = 0.0
+        self._location = ""
+        self._unsure = False
+        """A commit failed, and may have taken effect all the same: only its confirmation was lost."""
 
     @property
     def full(self) -> bool:
@@ -55,23 +63,25 @@ class Recorder:
 
         Raises:
             LeaseLost: the claim is over; nothing of this batch is written.
+            StorageFull: a checkpoint has no room.
         """
         while self._waiting:
             batch = self._next_batch()
             if isinstance(batch[0], Checkpoint):
-                verdict = self._verified(batch[0])
-                if verdict is None:
+                if not self._stored(batch[0]):
                     return False
-                if verdict is False:
+                if not self._location:
                     self._waiting.popleft()
                     continue
             try:
                 with transaction() as session:
                     doomed = self._write(session, batch)
                     written = events.written(session)
-            except OperationalError as error:
+            except UNAVAILABLE as error:
                 log.warning("%d messages of %s wait for the database: %s", len(self._waiting), self._job.id, error)
+                self._unsure = True
                 return False
+            self._unsure = False
             for _ in batch:
                 self._waiting.popleft()
             self._publisher.publish(written)
@@ -93,23 +103,34 @@ class Recorder:
                 break
         return batch
 
-    def _verified(self, message: Checkpoint) -> bool | None:
-        """Whether the checkpoint is whole; None while that is being found out.
+    def _stored(self, message: Checkpoint) -> bool:
+        """Whether it is known where the checkpoint is: `_location`, empty if it is not whole.
 
-        In a thread: hashing gigabytes takes seconds, and meanwhile the trainer's pipe and a cancel must be served.
+        In a thread: hashing and uploading gigabytes takes seconds, and meanwhile the trainer's pipe and a cancel must
+        be served. A storage out of reach is asked again until the claim is lost.
         """
-        if self._hashing is None:
-            self._hashing = self._hasher.submit(_is_whole, message)
-        if not self._hashing.done():
-            return None
-        verdict, self._hashing = self._hashing.result(), None
-        if not verdict:
+        if self._storing is None:
+            if time.monotonic() < self._store_again_at:
+                return False
+            self._storing = self._storing_thread.submit(_store, self._settings, message)
+        if not self._storing.done():
+            return False
+        storing, self._storing = self._storing, None
+        try:
+            self._location = storing.result() or ""
+        except storage.StorageFull:
+            raise  # not a matter of seconds: the run is given up until there is room
+        except (AppError, OSError) as error:
+            log.warning("checkpoint %d of %s waits for the storage: %s", message.step, self._job.id, error)
+            self._store_again_at = time.monotonic() + STORE_AGAIN_S
+            return False
+        if not self._location:
             log.error("checkpoint %d of %s is not registered", message.step, self._job.id)
-        return verdict
+        return True
 
     def close(self) -> None:
-        """Stop hashing; what waits is dropped."""
-        self._hasher.shutdown(wait=False, cancel_futures=True)
+        """Stop storing; what waits is dropped."""
+        self._storing_thread.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, session: Session, batch: list[Message]) -> list[str]:
         """One transaction. Returns folders to delete once it has committed."""
@@ -121,7 +142,9 @@ class Recorder:
                 case Started():
                     self._started(session, job, message)
                 case Event():
-                    events.append(session, job, message.message, level=message.level, data=message.data)
+                    # An attempt after the first says most of it again.
+                    if not ((fence > 1 or self._unsure) and _is_told(session, job, message.message, since=0)):
+                        events.append(session, job, message.message, level=message.level, data=message.data)
                 case Metrics():
                     _metrics(session, job, message)
                 case Evaluation():
@@ -153,14 +176,14 @@ class Recorder:
             total_steps=message.total_steps,
             current_step=message.first_step - 1,
         )
-        resumed = f", resumed from step {message.first_step - 1}" if message.first_step > 1 else ""
-        events.append(
-            session,
-            job,
-            f"Fine-tuning job started: {message.total_steps} steps on {message.train_examples} rows, "
-            f"{message.parameters:,} parameters on {message.device}{resumed}",
-            data=message.model_dump(exclude={"type", "resolved"}),
+        text = (
+            f"Resumed from step {message.first_step - 1}"
+            if message.first_step > 1
+            else f"Fine-tuning job started: {message.total_steps} steps on {message.train_examples} rows, "
+            f"{message.parameters:,} parameters on {message.device}"
         )
+        if not (self._unsure and _is_told(session, job, text, since=self._job.updated_at)):
+            events.append(session, job, text, data=message.model_dump(exclude={"type", "resolved"}))
 
     def _checkpoint(self, session: Session, job: Job, message: Checkpoint) -> list[str]:
         row = session.get(Metric, (job.id, message.step))
@@ -171,26 +194,47 @@ class Recorder:
             self._job.fence,
             base_model=self._base_model,
             step=message.step,
-            location=storage.location_of(self._settings, Path(message.path)),
+            location=self._location,
             manifest_sha256=message.manifest_sha256,
             resumable=message.resumable,
             tokens=message.tokens,
             metrics=_checkpoint_metrics(message.step, values),
         )
         session.flush()
-        retired = checkpoints.retire(session, job, self._base_model, self._keep)
+        keep = self._keep if not message.resumable else max(self._keep, KEPT_WHILE_RUNNING)
+        retired = checkpoints.retire(session, job, self._base_model, keep)
         return retired if replaced is None else [*retired, replaced]
 
 
-def _is_whole(message: Checkpoint) -> bool:
-    """Whether the folder is what its manifest says, and the manifest the one the trainer wrote."""
+def _store(settings: Settings, message: Checkpoint) -> str | None:
+    """Where the checkpoint is in storage; None if its folder is not what the trainer wrote.
+
+    Raises:
+        AppError, OSError: the storage is out of reach, or full.
+    """
+    folder = Path(message.path)
     try:
-        verify(Path(message.path))
-        manifest = (Path(message.path) / MANIFEST).read_bytes()
-    except (CorruptCheckpoint, OSError) as error:
+        verify(folder)
+        manifest_sha256 = sha256_of(folder / MANIFEST)
+    except (CorruptCheckpoint, FileNotFoundError) as error:
         log.error("checkpoint %s: %s", message.path, error)
-        return False
-    return hashlib.sha256(manifest).hexdigest() == message.manifest_sha256
+        return None
+    if manifest_sha256 != message.manifest_sha256:
+        log.error("checkpoint %s: its manifest is not the one that was reported", message.path)
+        return None
+    try:
+        return storage.publish_checkpoint(settings, folder)
+    except storage.AlreadyPublished as error:
+        log.error("checkpoint %s: %s", message.path, error.message)
+        return None
+
+
+def _is_told(session: Session, job: Job, message: str, since: float) -> bool:
+    """Whether the job has had this very event since then."""
+    same = select(EventRow.id).where(
+        EventRow.job_id == job.id, EventRow.message == message, EventRow.created_at >= since
+    )
+    return session.scalar(same.limit(1)) is not None
 
 
 def _metrics(session: Session, job: Job, message: Metrics) -> None:

@@ -2,9 +2,10 @@
 
     claimed ─ prepare ─ trainer runs ─┬─ done ──────────────► succeeded
                                       ├─ error ─────────────► failed
+                                      ├─ out of memory ─────► queued with the next rung of the ladder, or failed
                                       ├─ cancel obeyed ─────► cancelled
                                       ├─ shutdown obeyed ───► queued, resumes from its last checkpoint
-                                      ├─ died ──────────────► queued, or failed after `max_attempts` without progress
+                                      ├─ died, or silent ───► queued, or failed after `max_attempts` without progress
                                       └─ claim lost ────────► nothing: the trainer is stopped, nobody is told
 
 Trains nothing itself and imports no torch. Whatever happens here, the worker lives.
@@ -18,21 +19,24 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import checkpoints, events, files, jobs, model_registry, results, storage
-from shared.db import reading, transaction
+from shared.checkpoint_files import MANIFEST, TEMPORARY_PREFIX, CorruptCheckpoint, MissingCheckpoint, sha256_of
+from shared.db import UNAVAILABLE, reading, transaction
+from shared.disk import make_folder
 from shared.errors import AppError, BadRequest
-from shared.models import Job
+from shared.models import Checkpoint, File, Job
 from shared.settings import Settings
-from shared.trainer_protocol import Done, Failed, Message, Stopped, parse
+from shared.trainer_protocol import Alive, Done, Failed, Message, Stopped, parse
 from shared.training_spec import TrainerSpec, TrainingSpec
-from worker import base_models, lifecycle
+from worker import base_models, lifecycle, memory
+from worker.host_lock import HostLock, LockHeld
 from worker.lease import LeaseKeeper
 from worker.recorder import Recorder
 from worker.trainer_process import TrainerProcess, TrainerSurvives
-from worker.training.checkpoint import TEMPORARY_PREFIX, CorruptCheckpoint, verify
+from worker.training import ladder
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,9 @@ def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | N
                 run.execute(lease)
             except (jobs.LeaseLost, TrainerSurvives):
                 raise
+            except LockHeld as error:
+                log.error("%s can't run on this host: %s", job.id, error)
+                run.settle_fault("An earlier trainer of this job can't be ended on this host")
             except AppError as error:
                 if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
                     run.settle_failed(error.code, error.message, error.param)
@@ -81,33 +88,51 @@ class _Run:
         self._command = trainer_command
         with reading() as session:
             self._base_model = model_registry.root_base(session, job)
-        self._training = TrainingSpec.model_validate(job.training)
+        self._training = TrainingSpec.model_validate({**job.training, **(job.adapted or {})})
         self._recorder = Recorder(job, self._base_model, self._training.keep_checkpoints, settings)
         self._work_dir = settings.run_dir / "jobs" / job.id / str(job.fence)
-        self._checkpoint_dir = storage.checkpoint_dir(settings, job.id, job.fence)
+        self._checkpoint_dir = storage.staging_dir(settings, job.id, job.fence)
+        self._leash_s = settings.lease_s / 2  # shorter than what is left of a lease when a heartbeat fails to come
+        self._stood_still_s = 0.0
+        self._silenced = False
         self._trainer: TrainerProcess | None = None
 
     def execute(self, lease: LeaseKeeper) -> None:
-        for folder in (self._work_dir, self._checkpoint_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        base_dir = self._resolve_base()
-        resume_from, complete = self._resume_point()
-        if complete:
-            self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
-            return
-        if lease.cancel_requested.is_set():
-            self._settle_cancelled()
-            return
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self._checkpoint_dir)  # on disk before anything in it is called published
+        with HostLock.acquire(self._work_dir.parent / "lock") as lock:
+            storage.clear_staging(self._settings, self._job.id)  # no trainer of this job runs here now
+            base_dir = self._resolve_base()
+            resume_from, complete = self._resume_point()
+            if complete:
+                self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
+                return
+            if lease.cancel_requested.is_set():
+                self._settle_cancelled()
+                return
+            spec = self._spec(base_dir, resume_from)
+            log_path = self._work_dir.parent / f"trainer-{self._job.fence}.log"
+            memory_kills = memory.kills()
+            self._trainer = TrainerProcess(spec, log_path, lock, lease.lost, self._command)
+        log.info("trainer %d started for %s", self._trainer.pid, self._job.id)
+        try:
+            outcome = self._follow(self._trainer, lease)
+            self._trainer.kill()
+            if outcome is None and self._trainer.exit_status() == -signal.SIGKILL and memory.kills() > memory_kills:
+                outcome = memory.KILLED
+            self._settle(outcome, lease)
+        finally:
+            self._trainer.close()
+
+    def _spec(self, base_dir: Path, resume_from: Path | None) -> TrainerSpec:
         hyperparameters = self._job.hyperparameters
-        spec = TrainerSpec(
+        return TrainerSpec(
             job_id=self._job.id,
             fence=self._job.fence,
             base_model=self._job.model,
             base_model_dir=str(base_dir),
-            training_file=str(storage.file_path(self._settings, self._job.training_file)),
-            validation_file=(
-                str(storage.file_path(self._settings, self._job.validation_file)) if self._job.validation_file else None
-            ),
+            training_file=self._local_file(self._job.training_file),
+            validation_file=None if self._job.validation_file is None else self._local_file(self._job.validation_file),
             checkpoint_dir=str(self._checkpoint_dir),
             work_dir=str(self._work_dir),
             resume_from=None if resume_from is None else str(resume_from),
@@ -115,26 +140,30 @@ class _Run:
             n_epochs=hyperparameters.get("n_epochs", "auto"),
             learning_rate_multiplier=hyperparameters.get("learning_rate_multiplier", "auto"),
             seed=self._job.seed,
+            leash_s=self._leash_s,
+            memory_limit_bytes=self._settings.trainer_memory_bytes,
         )
-        self._trainer = TrainerProcess(spec, self._work_dir.parent / f"trainer-{self._job.fence}.log", self._command)
-        log.info("trainer %d started for %s", self._trainer.pid, self._job.id)
-        try:
-            outcome = self._follow(self._trainer, lease)
-            self._trainer.kill()
-            self._settle(outcome, lease)
-        finally:
-            self._trainer.close()
+
+    def _local_file(self, file_id: str) -> str:
+        with reading() as session:
+            sha256 = session.scalar(select(File.sha256).where(File.id == file_id))
+        return str(storage.local_file(self._settings, file_id, sha256=sha256, keep_in=self._work_dir))
 
     def _resolve_base(self) -> Path:
         """The folder of what is fine-tuned; where base weights came from is told on the job."""
         location = self._job.model_location
         if not location.startswith(model_registry.BASE_LOCATION):
-            folder = storage.path_of(self._settings, location)
-            if not folder.is_dir():
+            try:
+                return storage.local_checkpoint(self._settings, location, recheck=True, keep_in=self._work_dir / "base")
+            except CorruptCheckpoint as error:
+                log.error("base %s: %s", location, error)
+                missing = isinstance(error, MissingCheckpoint)
                 raise BadRequest(
-                    f"the model {self._job.model!r} no longer exists", param="model", code="model_not_found"
-                )
-            return folder
+                    f"the model {self._job.model!r} "
+                    + ("no longer exists" if missing else "is damaged; start from another checkpoint"),
+                    param="model",
+                    code="model_not_found" if missing else "model_damaged",
+                ) from error
         found = base_models.resolve(location.removeprefix(model_registry.BASE_LOCATION), self._settings)
         with transaction() as session:
             job = jobs.owned(
@@ -152,11 +181,16 @@ class _Run:
         with reading() as session:
             rows = checkpoints.newest_first(session, self._job.id)
         for row in rows:
-            path = storage.path_of(self._settings, row.location)
             try:
-                verify(path)
-            except (CorruptCheckpoint, OSError) as error:
+                path = storage.local_checkpoint(
+                    self._settings, row.location, recheck=True, keep_in=self._work_dir / f"resume-{row.step}"
+                )
+                if sha256_of(path / MANIFEST) != row.manifest_sha256:
+                    raise CorruptCheckpoint(f"{path / MANIFEST} is not the one that was registered")
+            except CorruptCheckpoint as error:
+                # Anything else is storage out of reach, a fault: going back to an older one would throw work away.
                 log.error("checkpoint %s is not used: %s", row.location, error)
+                self._discard(row)
                 continue
             if row.step == self._job.total_steps:
                 return None, True
@@ -164,18 +198,33 @@ class _Run:
                 return path, False
         return None, False
 
+    def _discard(self, damaged: Checkpoint) -> None:
+        """Nobody may resume from it or be served by it; what is left of its folder becomes garbage."""
+        self._write(
+            lambda session: checkpoints.discard(session, self._job, self._job.fence, damaged.step, self._base_model)
+        )
+
     def _follow(self, trainer: TrainerProcess, lease: LeaseKeeper) -> Message | None:
         """Record messages and pass on orders until the trainer is gone. Returns its last word, None if it had none."""
         verdict: Message | None = None
         deadline: float | None = None
         trainer.watch(lifecycle.shutdown.fileno())
         watching = True
+        looked_at = time.monotonic()
         while trainer.exit_status() is None:
             if self._recorder.full:
                 lease.lost.wait(TICK_S)
             else:
                 verdict = self._take(trainer.read_lines(TICK_S)) or verdict
+                if time.monotonic() - trainer.heard_at > self._settings.trainer_silent_s:
+                    log.error("trainer of %s says nothing any more; killing it", self._job.id)
+                    self._silenced = True
+                    trainer.kill()
+                    break
             self._recorder.flush()
+            # A trainer that died of its leash did so because of us.
+            self._stood_still_s = max(self._stood_still_s, time.monotonic() - looked_at)
+            looked_at = time.monotonic()
             if lease.lost.is_set():
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
             if deadline is None and lease.cancel_requested.is_set():
@@ -209,7 +258,7 @@ class _Run:
                 continue
             if isinstance(message, Done | Stopped | Failed):
                 verdict = message
-            else:
+            elif not isinstance(message, Alive):
                 self._recorder.add(message)
         return verdict
 
@@ -217,6 +266,8 @@ class _Run:
         match verdict:
             case Done():
                 self._succeed(verdict.step)
+            case Failed(code="out_of_memory"):
+                self._settle_out_of_memory(verdict)
             case Failed():
                 self.settle_failed(verdict.code, verdict.message, verdict.param)
             case _ if lease.cancel_requested.is_set():
@@ -224,13 +275,28 @@ class _Run:
             case _ if lifecycle.shutdown.is_set():
                 reason = "its worker was shut down"
                 self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
+            case _ if self._stood_still_s > self._leash_s:
+                self.settle_fault(f"The worker stood still for {self._stood_still_s:.0f} s and its trainer ended")
             case _:
                 self.settle_retry(self._obituary())
+
+    def _settle_out_of_memory(self, verdict: Failed) -> None:
+        """Once more with the next rung of the ladder, from the last checkpoint; or failed, with what would fit."""
+        with reading() as session:
+            resolved = session.get_one(Job, self._job.id).resolved
+        rung = None if resolved is None else ladder.next_rung(self._training, resolved)
+        if rung is None:
+            self.settle_failed(verdict.code, verdict.message, verdict.param)
+            return
+        overrides, message = rung.overrides, rung.message
+        self._write(lambda session: jobs.adapt(session, self._job.id, self._job.fence, overrides, message))
 
     def _obituary(self) -> str:
         assert self._trainer is not None
         status = self._trainer.exit_status()
-        if status is not None and status < 0:
+        if self._silenced:
+            how = f"said nothing for {self._settings.trainer_silent_s:g} s and was killed"
+        elif status is not None and status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
         else:
             how = f"exited with {status}"
@@ -283,7 +349,7 @@ class _Run:
                 with transaction() as session:
                     change(session)
                     written = events.written(session)
-            except OperationalError as error:
+            except UNAVAILABLE as error:
                 log.warning("%s not settled yet: %s", self._job.id, error)
                 time.sleep(1)
             else:

@@ -12,18 +12,22 @@ from types import FrameType
 import redis
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared import events, files, jobs
-from shared.db import clock, reading, transaction
+from shared import events, files, jobs, sweeps
+from shared.db import reading, transaction
+from shared.errors import AppError
 from shared.events import Publisher
 from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES, make_celery, send
 from shared.redis_client import connect
 from shared.settings import Settings
+from worker import garbage
 
 log = logging.getLogger(__name__)
 
 MOST_HINTS = 16
 """Hints in a queue at once: idle workers take one each, and each then claims until nothing waits."""
+COLLECT_EVERY_S = 600.0
+"""Between two collections of garbage by one sweep; oftener where garbage is called so sooner."""
 
 
 def run(settings: Settings) -> None:
@@ -52,33 +56,31 @@ class Sweeper:
         self._celery = make_celery(settings)
         self._redis = connect(settings)
         self._publisher = Publisher(self._redis)
-        self._last_pass = time.monotonic()
-        self._no_expiry_before = 0.0
+        self._collected_at = time.monotonic()
+        self._collector: threading.Thread | None = None
+        self._instance: str | None = None
 
     def sweep(self) -> None:
         try:
             self.expire_leases()
             self.resend_hints()
+            self._start_collecting()
         except SQLAlchemyError as error:
             log.warning("pass skipped, the database said: %s", error)
-        except (redis.RedisError, OSError) as error:
+        except redis.RedisError as error:
             log.warning("hints not sent, the broker said: %s", error)
+        except OSError as error:
+            log.warning("pass cut short: %s", error)
 
     def expire_leases(self) -> None:
-        """Give back the runs of workers that fell silent.
-
-        After a gap in our own passes nobody could renew anything: nothing expires until everybody had a whole lease.
-        """
-        began = time.monotonic()
-        if began - self._last_pass > self._settings.lease_s / 2:
-            self._no_expiry_before = began + self._settings.lease_s
+        """Give back the runs of workers that fell silent, unless silence may have been an outage (`shared.sweeps`)."""
         with transaction() as session:
-            clock(session)  # raises while the database is away
+            this_pass = sweeps.begin_pass(session, self._settings.lease_s)
             expired = []
-            if began >= self._no_expiry_before:
-                expired = jobs.expire_leases(session, self._settings.max_attempts, self._settings.retry_delay_s)
+            if this_pass.may_expire:
+                expired = jobs.expire_leases(session, self._settings.max_faults, self._settings.retry_delay_s)
             written = events.written(session)
-        self._last_pass = time.monotonic()
+        self._instance = this_pass.instance
         for job in expired:
             log.warning("lease of %s expired; it is now %s", job.id, job.status)
         self._publisher.publish(written)
@@ -93,3 +95,20 @@ class Sweeper:
                 under_way = int(self._redis.llen(QUEUE_OF[hint]))  # kombu keeps a queue as a list of that name
                 for _ in range(min(waiting, MOST_HINTS) - under_way):
                     send(self._celery, hint)
+
+    def collect_garbage(self) -> int:
+        """Remove bytes that no row names. Returns how many files and folders that were."""
+        try:
+            return 0 if self._instance is None else garbage.collect(self._settings, self._instance)
+        except (SQLAlchemyError, AppError, OSError) as error:
+            log.warning("garbage not collected: %s", error)
+            return 0
+
+    def _start_collecting(self) -> None:
+        """In a thread: a large storage takes minutes to list, and leases must not wait for it."""
+        if self._collector is not None and self._collector.is_alive():
+            return
+        if time.monotonic() - self._collected_at > min(COLLECT_EVERY_S, self._settings.garbage_age_s):
+            self._collected_at = time.monotonic()
+            self._collector = threading.Thread(target=self.collect_garbage, name="garbage", daemon=True)
+            self._collector.start()

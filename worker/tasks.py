@@ -26,6 +26,7 @@ def train() -> None:
             return
         log.info("claimed %s, claim %d", job.id, job.fence)
         supervisor.supervise(job, settings)
+    hint_if_jobs_wait()  # this worker stops; another may go on at once, without waiting for the sweep
 
 
 @celery_app.task(name=VALIDATE_FILES, ignore_result=True)
@@ -38,11 +39,11 @@ def validate_files() -> None:
         if file is None:
             return
         try:
-            summary = training_data.validate(storage.file_path(settings, file.id))
+            summary = training_data.validate(storage.local_file(settings, file.id, sha256=file.sha256))
         except training_data.InvalidRow as error:
             with transaction() as session:
                 files.settle_invalid(session, file.id, error.message)
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, storage.DamagedFile) as error:
             # Settled all the same: left alone it would be the next to check for ever, and none behind it would be.
             log.exception("file %s could not be read", file.id)
             with transaction() as session:
@@ -51,7 +52,12 @@ def validate_files() -> None:
         else:
             with transaction() as session:
                 files.settle_valid(session, file.id, summary.format, summary.rows)
-        with reading() as session:
-            waiting = jobs.count_claimable(session)
-        if waiting:
-            send(celery_app, TRAIN)
+        hint_if_jobs_wait()
+
+
+def hint_if_jobs_wait() -> None:
+    """Tell the workers of queue `train` if there is anything to claim."""
+    with reading() as session:
+        waiting = jobs.count_claimable(session)
+    if waiting:
+        send(celery_app, TRAIN)

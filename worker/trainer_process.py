@@ -1,6 +1,7 @@
 """The trainer as a child process: started fresh, heard through two pipes, stopped for certain.
 
-    stdin     the spec, then closed (a secret never stands in an argument or the environment)
+    stdin     the spec on one line (a secret never stands in an argument or the environment), then a newline every
+              second: the leash (`worker.training.leash`)
     pipe      protocol lines, `shared.trainer_protocol`
     stdout,   what libraries print, kept in a capped log file; the last lines explain a death
     stderr
@@ -14,13 +15,16 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from pathlib import Path
 
 from shared.trainer_protocol import PROTOCOL_FD
 from shared.training_spec import TrainerSpec
+from worker.host_lock import HostLock
 from worker.training.environment import trainer_environment
+from worker.training.leash import ALIVE_EVERY_S
 
 MAX_LOG_BYTES = 10 * 2**20
 MAX_LINE_BYTES = 2**20
@@ -42,9 +46,21 @@ def _group_lives(group: int) -> bool:
 
 
 class TrainerProcess:
-    """One trainer. Start it from the main thread: it dies with the thread that started it."""
+    """One trainer. Start it from the main thread: it dies with the thread that started it.
 
-    def __init__(self, spec: TrainerSpec, log_path: Path, command: tuple[str, ...] | None = None) -> None:
+    Args:
+        lock: the job's, held; the trainer takes it over.
+        claim_lost: once set, the trainer gets no further sign of life and ends itself, whatever we are busy with.
+    """
+
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        log_path: Path,
+        lock: HostLock,
+        claim_lost: threading.Event,
+        command: tuple[str, ...] | None = None,
+    ) -> None:
         self._log_file = log_path.open("ab")  # first: nothing may fail once the child runs
         protocol_reader, protocol_writer = os.pipe()
         log_reader, log_writer = os.pipe()
@@ -57,7 +73,7 @@ class TrainerProcess:
                 stdin=subprocess.PIPE,
                 stdout=log_writer,
                 stderr=log_writer,
-                pass_fds=(protocol_writer,),
+                pass_fds=(protocol_writer, lock.descriptor),
                 env=environment,
                 cwd=spec.work_dir,
                 start_new_session=True,
@@ -70,12 +86,12 @@ class TrainerProcess:
         finally:
             os.close(protocol_writer)
             os.close(log_writer)
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once; its log will say why
-            self._process.stdin.write(spec.model_dump_json().encode())
-            self._process.stdin.close()
+        lock.give_to(self._process.pid)
         for descriptor in (protocol_reader, log_reader):
             os.set_blocking(descriptor, False)
+        self._leash = _Leash(self._process, spec.model_dump_json().encode() + b"\n", claim_lost)
+        self.heard_at = time.monotonic()
+        """When it last said anything on the protocol's pipe."""
         self._protocol = protocol_reader
         self._log = log_reader
         self._log_bytes = 0
@@ -164,6 +180,7 @@ class TrainerProcess:
         try:
             self.kill()
         finally:
+            self._leash.stop()
             self._selector.close()
             for descriptor in (self._protocol, self._log):
                 os.close(descriptor)
@@ -178,6 +195,7 @@ class TrainerProcess:
         if not chunk:
             self._selector.unregister(self._protocol)
             return []
+        self.heard_at = time.monotonic()
         *lines, self._partial = (self._partial + chunk).split(b"\n")
         if len(self._partial) > MAX_LINE_BYTES:
             self._partial = b""  # no message of ours; never let a broken child fill our memory
@@ -195,3 +213,34 @@ class TrainerProcess:
         *lines, self._partial_log = (self._partial_log + chunk).split(b"\n")
         self._partial_log = self._partial_log[-MAX_LINE_BYTES:]
         self._last_lines.extend(line.decode(errors="replace")[:500] for line in lines if line.strip())
+
+
+class _Leash:
+    """Our end: the spec, then a sign of life every second from a thread of its own, however long the database hangs."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", spec: bytes, claim_lost: threading.Event) -> None:
+        self._process = process
+        self._claim_lost = claim_lost
+        self._spec = spec
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"leash-{process.pid}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        stream = self._process.stdin
+        assert stream is not None
+        try:
+            stream.write(self._spec)
+            stream.flush()
+            # Nobody reads before the trainer's imports; a second's newline fits the pipe for 18 hours.
+            while not self._stopped.wait(ALIVE_EVERY_S) and not self._claim_lost.is_set():
+                stream.write(b"\n")
+                stream.flush()
+        except OSError:
+            return  # it died; its log will say why
+        finally:
+            with contextlib.suppress(OSError):
+                stream.close()

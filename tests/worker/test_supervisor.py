@@ -1,10 +1,7 @@
 """Supervision with the real database, pipes, signals and checkpoints; only the arithmetic is a toy's."""
 
-import json
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,110 +11,45 @@ import psutil
 import pytest
 from sqlalchemy import select, update
 
-from shared import checkpoints, files, jobs, model_registry, storage
+from shared import checkpoints, jobs, model_registry, storage
+from shared.checkpoint_files import sha256_of
 from shared.db import now, reading, transaction
 from shared.errors import Unavailable
-from shared.ids import new_id
-from shared.models import Checkpoint, Event, File, FileStatus, Job, Metric, Model
-from shared.schemas import JobCreate
+from shared.models import Checkpoint, Event, File, Job, Metric, Model, Sweep
 from shared.settings import Settings
+from tests.worker.steps import (
+    BASE,
+    TOY,
+    after_grace,
+    claim,
+    expected,
+    in_thread,
+    job_of,
+    messages,
+    run_next,
+    toys,
+    wait_for,
+)
 from worker import lifecycle, recorder, supervisor
 from worker.sweeper import Sweeper
-
-TOY = (sys.executable, "-m", "tests.worker.toy_trainer")
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-@pytest.fixture(autouse=True)
-def base_folder(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The toy reads no weights: any folder is a base model."""
-    found = supervisor.base_models.BaseModelFiles(path=tmp_path, source="folder", revision=None, note=None)
-    monkeypatch.setattr(supervisor.base_models, "resolve", lambda *_: found)
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-
-
-@pytest.fixture
-def submit(settings: Settings) -> Callable[..., str]:
-    """Store a job whose training file tells the toy what to do; returns its id."""
-
-    def submit(training: dict[str, Any] | None = None, **plan: Any) -> str:
-        file_id = new_id("file")
-        content = json.dumps({"steps": 5, **plan}).encode()
-        stored = storage.save_file(settings, file_id, [content], max_bytes=10**6)
-        with transaction() as session:
-            files.create(
-                session,
-                file_id=file_id,
-                project_id="default",
-                filename="plan.json",
-                purpose="fine-tune",
-                size_bytes=stored.bytes,
-                sha256=stored.sha256,
-                status=FileStatus.PROCESSED,
-            )
-            request = JobCreate.model_validate(
-                {"model": BASE, "training_file": file_id, "suffix": "toy", "training": training or {}}
-            )
-            return jobs.submit(session, "default", request).id
-
-    return submit
-
-
-def claim(settings: Settings) -> Job:
-    with transaction() as session:
-        job = jobs.claim_next(session, "test-worker", settings.lease_s)
-    assert job is not None
-    return job
-
-
-def run_next(settings: Settings) -> None:
-    supervisor.supervise(claim(settings), settings, TOY)
-
-
-def job_of(job_id: str) -> Job:
-    with reading() as session:
-        job = session.get(Job, job_id)
-    assert job is not None
-    return job
-
-
-def messages(job_id: str) -> list[str]:
-    with reading() as session:
-        return list(session.scalars(select(Event.message).where(Event.job_id == job_id).order_by(Event.sequence)))
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
-def in_thread(job: Job, settings: Settings) -> threading.Thread:
-    thread = threading.Thread(target=supervisor.supervise, args=(job, settings, TOY))
-    thread.start()
-    return thread
-
-
-def toys() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "tests.worker.toy_trainer" in p.cmdline()]
 
 
 def test_a_finished_run_leaves_a_model_metrics_events_and_a_result_file(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
-    job_id = submit(steps=5, save_steps=2)
+    job_id = submit(steps=5, save_steps=2, validated=True)
     run_next(settings)
     job = job_of(job_id)
+    wanted = expected(settings, job, 5)
     assert job.status == "succeeded", job.error
     assert job.fine_tuned_model == f"ft:smollm2-135m-instruct:default:toy:{job_id[6:14]}"
-    assert job.trained_tokens == 500 and job.estimated_finish is None
+    assert job.trained_tokens == wanted.tokens[-1] and job.estimated_finish is None
     with reading() as session:
         assert list(session.scalars(select(Metric.step).order_by(Metric.step))) == [1, 2, 3, 4, 5]
         steps = {row.step: row for row in session.scalars(select(Checkpoint))}
         assert sorted(steps) == [2, 4, 5]
-        assert steps[2].metrics == {"step": 2, "train_loss": 0.5, "full_valid_loss": 0.5}
+        losses = {"train_loss": wanted.losses[1], "full_valid_loss": wanted.validation_losses[1]}
+        assert steps[2].metrics == {"step": 2, **losses}
         model = session.get(Model, job.fine_tuned_model)
         assert model is not None and model.location == steps[5].location
         assert session.get(Model, f"{job.fine_tuned_model}:ckpt-step-2") is not None
@@ -125,22 +57,28 @@ def test_a_finished_run_leaves_a_model_metrics_events_and_a_result_file(
         assert sequences == list(range(1, len(sequences) + 1))
         result = session.get(File, job.result_files[0])
         assert result is not None and result.purpose == "fine-tune-results"
-    curve = storage.file_path(settings, result.id).read_text().splitlines()
+    curve = storage.local_file(settings, result.id).read_text().splitlines()
     assert curve[0] == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
-    assert curve[2].startswith("2,0.5,,0.5")
-    assert (settings.storage_root / model.location / "model.safetensors").read_text() == "weights after 5 steps"
+    assert curve[2] == f"2,{wanted.losses[1]},,{wanted.validation_losses[1]},"
+    assert sha256_of(settings.storage_root / model.location / "model.safetensors") == wanted.weights_sha256
 
 
-def test_only_the_newest_checkpoints_are_kept(settings: Settings, submit: Callable[..., str]) -> None:
-    job_id = submit({"keep_checkpoints": 2}, steps=6, save_steps=1)
+def test_only_the_newest_checkpoints_and_the_best_are_kept(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit({"keep_checkpoints": 2}, steps=10, save_steps=1, validated=True)
     run_next(settings)
+    losses = expected(settings, job_of(job_id), 10).validation_losses
+    best = 1 + losses.index(min(losses))
+    kept = sorted({best, 9, 10})
+    assert best not in (9, 10), "or this proves nothing"
     with reading() as session:
         rows = checkpoints.newest_first(session, job_id)
-        assert [row.step for row in rows] == [6, 5]
+        assert sorted(row.step for row in rows) == kept
         tuned = model_registry.tuned_name(job_of(job_id), BASE)
-        assert session.get(Model, f"{tuned}:ckpt-step-3") is None
-    folder = storage.checkpoint_dir(settings, job_id, 1)
-    assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
+        assert session.get(Model, f"{tuned}:ckpt-step-{best}") is not None
+        forgotten = next(step for step in range(1, 9) if step != best)
+        assert session.get(Model, f"{tuned}:ckpt-step-{forgotten}") is None
+    folder = storage.staging_dir(settings, job_id, 1)
+    assert sorted(int(path.name) for path in folder.iterdir()) == kept
 
 
 def test_a_killed_trainer_goes_on_from_its_checkpoint_and_repeats_no_metric(
@@ -154,7 +92,7 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_and_repeats_no_metric(
     assert (job.status, job.fence, job.attempts) == ("succeeded", 2, 0)
     said = messages(job_id)
     assert sum(message.startswith("Step 2/5") for message in said) == 1
-    assert sum("resumed from step 2" in message for message in said) == 1
+    assert sum(message == "Resumed from step 2" for message in said) == 1
 
 
 def test_a_poison_job_fails_after_three_attempts_with_its_last_words(
@@ -320,18 +258,22 @@ def test_after_an_outage_nothing_expires_until_everybody_had_a_lease(
     claim(settings)
     with transaction() as session:
         session.execute(update(Job).values(lease_until=now() - 1))
-    sweeper = Sweeper(settings)
-    sweeper._last_pass -= settings.lease_s  # as if the database had been away that long
-    sweeper.expire_leases()
+    after_grace(settings)
+    with transaction() as session:  # as if the database had been away that long
+        session.execute(update(Sweep).values(last_pass_at=now() - settings.lease_s))
+    Sweeper(settings).expire_leases()
     assert job_of(job_id).status == "running"
-    sweeper._no_expiry_before = 0
-    sweeper.expire_leases()
+    Sweeper(settings).expire_leases()  # another process: the grace is everybody's
+    assert job_of(job_id).status == "running"
+    after_grace(settings)
+    Sweeper(settings).expire_leases()
     assert job_of(job_id).status == "queued"
 
 
 def test_an_expired_lease_returns_the_job_to_the_queue(settings: Settings, submit: Callable[..., str]) -> None:
     job_id = submit()
     claim(settings)
+    after_grace(settings)
     Sweeper(settings).expire_leases()
     assert job_of(job_id).status == "running", "the lease is still good"
     with transaction() as session:
@@ -371,7 +313,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
     run_next(settings)
     assert job_of(job_id).status == "succeeded"
-    assert any(f"resumed from step {before.step}" in message for message in messages(job_id))
+    assert any(message == f"Resumed from step {before.step}" for message in messages(job_id))
 
 
 def test_a_flood_and_garbage_from_the_trainer_do_no_harm(settings: Settings, submit: Callable[..., str]) -> None:

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from shared import storage
+from shared.checkpoint_files import CorruptCheckpoint
 from shared.errors import AppError, ModelNotFound, Unavailable
 from shared.model_registry import BASE_LOCATION
 from shared.settings import Settings
@@ -141,8 +143,13 @@ class ModelCache:
     def _folder(self, location: str, name: str) -> Path:
         if location.startswith(BASE_LOCATION):
             return resolve(location.removeprefix(BASE_LOCATION), self._settings).path
-        root = self._settings.storage_root.resolve()
-        folder = (root / location).resolve()
-        if not folder.is_relative_to(root) or not folder.is_dir():
-            raise ModelNotFound(f"the files of the model {name!r} are gone; it was probably deleted", param="model")
+        try:
+            folder = storage.local_checkpoint(self._settings, location)
+        except (CorruptCheckpoint, ValueError) as error:
+            log.warning("the model %s is not served: %s", location, error)
+            raise _gone(name) from error
         return folder
+
+
+def _gone(name: str) -> ModelNotFound:
+    return ModelNotFound(f"the files of the model {name!r} are gone; it was probably deleted", param="model")

@@ -50,7 +50,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._first_step = first_step
         self._tokens_before = tokens_before
         self._window: list[float] = []
-        self._last_evaluated = self._last_published = first_step - 1
+        self._last_evaluated = 0
+        self._logging_steps: int = (resolved.model_extra or {})["logging_steps"]
         self.started_s = self._step_began_s = time.monotonic()
         self._progress = Progress(first_step, resolved.max_steps, self.started_s)
         self._reported = engine.Counts()
@@ -63,6 +64,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._progress = Progress(self._first_step, total, self.started_s)
         self._progress.saves_due = times_due(self._resolved.save_steps, self._first_step, total)
         self._progress.evaluations_due = times_due(self._resolved.eval_steps, self._first_step, total)
+        self._take_up(state)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_began_s = time.monotonic()
@@ -80,8 +82,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             control.should_save = not self._stops.cancelled
             return
-        eval_steps = self._resolved.eval_steps
-        control.should_evaluate = not last and eval_steps is not None and step % eval_steps == 0
+        control.should_evaluate = not last and self._evaluation_is_due(step)
         control.should_save = not last and step % self._resolved.save_steps == 0
 
     def on_log(
@@ -94,10 +95,31 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self._stops.requested:
             control.should_training_stop = True
 
+    def _take_up(self, state: TrainerState) -> None:
+        """What the attempt that saved the resumed checkpoint had still to tell.
+
+        Losses of steps it had not reported yet (`logging_steps`), and an evaluation that its end cut off.
+        """
+        done = self._first_step - 1
+        reported = done - done % self._logging_steps
+        self._window = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > reported]
+        evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        self._last_evaluated = max(evaluated, default=0)
+        if done and self._evaluation_is_due(done):
+            self.evaluate(self._trainer)
+            self._step_began_s = time.monotonic()
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        return self._resolved.eval_steps is not None and step % self._resolved.eval_steps == 0
+
     # What the engine calls back for.
 
     def evaluate(self, trainer: engine.Engine) -> None:
-        """Evaluate on the validation rows and say so; abandoned if a stop is asked for meanwhile."""
+        """Evaluate on the validation rows and say so; abandoned if a stop is asked for meanwhile.
+
+        Raises:
+            Diverged: the loss is not a finite number.
+        """
         step = trainer.state.global_step
         if not self._validation or step == self._last_evaluated:
             return
@@ -107,7 +129,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             trainer.control.should_training_stop = True
             trainer.control.should_save = not self._stops.cancelled
             return
+        if not math.isfinite(result.loss):
+            raise self._diverged(step, f"the validation loss is {result.loss}")
         self._last_evaluated = step
+        trainer.state.log_history.append({"step": step, "eval_loss": result.loss})  # for `_take_up`
         self._progress.evaluated(time.monotonic() - began_s)
         self._reporter.send(
             Evaluation(
@@ -119,10 +144,17 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     def publish(self, trainer: engine.Engine, *, resumable: bool) -> None:
-        """Publish the checkpoint of the step just done."""
+        """Publish the checkpoint of the step just done.
+
+        Raises:
+            Diverged: a weight is not a finite number, which a loss need not show; nothing is published.
+        """
         step = trainer.state.global_step
         began_s = time.monotonic()
         bare = trainer.bare_model()
+        broken = model.not_finite(bare)
+        if broken is not None:
+            raise self._diverged(step, f"weights of {broken} are not finite")
 
         def write(folder: Path) -> None:
             model.save_model(bare, Path(self._spec.base_model_dir), folder, self._template)
@@ -144,7 +176,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 files=files,
             ),
         )
-        self._last_published = step
         self._progress.saved(time.monotonic() - began_s)
         self._reporter.send(
             Checkpoint(
@@ -182,8 +213,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         conversations = counts.conversations - self._reported.conversations
         learned, correct = counts.learned - self._reported.learned, counts.correct - self._reported.correct
         self._reported = replace(counts)
-        logging_steps = (self._resolved.model_extra or {})["logging_steps"]
-        if step % logging_steps and step < self._resolved.max_steps:
+        if step % self._logging_steps and step < self._resolved.max_steps:
             return
         accuracy = correct / learned if learned else logs.get("mean_token_accuracy")
         self._reporter.send(
@@ -194,7 +224,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 loss=sum(self._window) / len(self._window),
                 mean_token_accuracy=None if accuracy is None else float(accuracy),
                 learning_rate=float(logs["learning_rate"]),
-                grad_norm=norm,
+                grad_norm=norm if math.isfinite(norm) else None,
                 tokens=self.tokens(self._trainer),
                 tokens_per_second=tokens / seconds,
                 samples_per_second=conversations / seconds,
@@ -211,8 +241,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if math.isfinite(loss) and (math.isfinite(norm) or not norm_matters):
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        raise self._diverged(step, what)
+
+    def _diverged(self, step: int, what: str) -> Diverged:
         rate = self._resolved.learning_rate
-        raise Diverged(
+        return Diverged(
             f"training diverged at step {step}: {what}. Checkpoints published before are kept. Lower "
             f"training.learning_rate (it was {rate:g}; try {rate / 10:g}) or raise training.warmup_steps.",
             "training.learning_rate",

@@ -1,11 +1,12 @@
-"""Checkpoint folders: published whole or not at all, and checked before anybody trusts one.
+"""Checkpoint folders: published whole or not at all.
 
-    <checkpoint_dir>/.tmp-<step>-<pid>/   being written; a crash leaves it behind, and it is garbage
-    <checkpoint_dir>/<step>/              published: every file on disk, manifest.json written last, then one rename
+    <checkpoint_dir>/.tmp-<step>-<pid>/       being written; a crash leaves it behind, and it is garbage
+    <checkpoint_dir>/<step>/                  published: every file on disk, manifest.json written last, then one rename
+    <checkpoint_dir>/.deleted-<step>-<pid>/   a damaged one that was replaced; garbage too
 
 A folder holds a model that transformers loads as it is. A resumable one also holds optimizer.pt, scheduler.pt,
 rng_state.pth and trainer_state.json, never training_args.bin, which is a pickle of code. This module knows files
-only, and imports no torch: the supervisor verifies with it.
+only, and imports no torch. How a folder is checked is in `shared.checkpoint_files`.
 """
 
 import errno
@@ -15,42 +16,35 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
+from shared.checkpoint_files import (
+    MANIFEST,
+    TEMPORARY_PREFIX,
+    CorruptCheckpoint,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    sha256_of,
+    verify,
+)
+from shared.disk import make_folder, swap, sync
 from worker.training.failures import DiskFull
 
-MANIFEST = "manifest.json"
-TEMPORARY_PREFIX = ".tmp-"
+__all__ = [
+    "MANIFEST",
+    "RESUME_FILES",
+    "SPARE_BYTES",
+    "TEMPORARY_PREFIX",
+    "CorruptCheckpoint",
+    "FileRecord",
+    "Manifest",
+    "publish",
+    "read_manifest",
+    "verify",
+]
+
 RESUME_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 SPARE_BYTES = 64 * 2**20
 """Left free on the disk beside the checkpoint itself, for everybody's logs and databases."""
-_CHUNK_BYTES = 2**20
-
-
-class CorruptCheckpoint(Exception):
-    """The folder is not the checkpoint its manifest describes, or no checkpoint at all."""
-
-
-class FileRecord(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a checkpoint folder holds, and where it comes from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    job_id: str
-    step: int
-    fence: int
-    base_model: str
-    tokens: int
-    """Non-padding tokens trained on so far, over all attempts."""
-    resumable: bool
-    files: dict[str, FileRecord]
 
 
 def publish(
@@ -62,14 +56,16 @@ def publish(
 ) -> tuple[Manifest, str]:
     """Have `write` fill a temporary folder, then make it appear as `folder` in one rename.
 
+    A step that is published already with the same files is kept as it is: a key is never written twice.
+
     Returns:
-        The manifest and the SHA-256 of its file.
+        The manifest of what is published now, and the SHA-256 of its file.
 
     Raises:
         DiskFull: before anything is written if `expected_bytes` do not fit, or when the disk fills up meanwhile;
             either way the temporary folder is gone and what was published before is untouched.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     _demand_space(folder.parent, expected_bytes)
     temporary = folder.parent / f"{TEMPORARY_PREFIX}{folder.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,13 +76,13 @@ def publish(
         manifest = make_manifest(files)
         content = manifest.model_dump_json(indent=1).encode()
         (temporary / MANIFEST).write_bytes(content)
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         if folder.exists():
-            # A replayed step after a crash between rename and report; the new one is as good and carries our fence.
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _sync(folder.parent)
+            manifest, content = _settle_with_published(folder, temporary, manifest, content)
+        else:
+            temporary.rename(folder)
+        sync(folder.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if _disk_is_full(error):
@@ -95,61 +91,34 @@ def publish(
     return manifest, hashlib.sha256(content).hexdigest()
 
 
-def verify(path: Path) -> Manifest:
-    """Read the manifest and compare every file with it, byte for byte.
+def _settle_with_published(folder: Path, ours: Path, manifest: Manifest, content: bytes) -> tuple[Manifest, bytes]:
+    """A step was replayed after a crash between rename and report. Returns what is published in the end.
 
-    Raises:
-        CorruptCheckpoint: a file is missing, cut, changed or unlisted, or the manifest can't be read.
-    """
-    manifest = read_manifest(path)
-    listed = {*manifest.files, MANIFEST}
-    present = {entry.name for entry in path.iterdir()}
-    if present != listed:
-        raise CorruptCheckpoint(
-            f"{path}: missing {sorted(listed - present) or 'nothing'}, unlisted {sorted(present - listed) or 'nothing'}"
-        )
-    for name, record in manifest.files.items():
-        size = (path / name).stat().st_size
-        if size != record.size:
-            raise CorruptCheckpoint(f"{path / name} has {size} bytes, its manifest says {record.size}")
-        if _sha256(path / name) != record.sha256:
-            raise CorruptCheckpoint(f"{path / name} differs from the SHA-256 in its manifest")
-    return manifest
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest alone, unchecked against the files.
-
-    Raises:
-        CorruptCheckpoint: there is none, or it is not a manifest.
+    The same files are kept, whoever wrote them, and ours go. A damaged or different folder makes way in one step, so
+    that a crash finds one or the other; where the file system can't swap, a damaged one is renamed away first.
     """
     try:
-        return Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except FileNotFoundError as error:
-        raise CorruptCheckpoint(f"{path} has no {MANIFEST}: it was never published") from error
-    except (OSError, ValidationError) as error:
-        raise CorruptCheckpoint(f"{path / MANIFEST} can't be read: {error}") from error
+        published = verify(folder)
+        if published.files == manifest.files:
+            shutil.rmtree(ours, ignore_errors=True)
+            return published, (folder / MANIFEST).read_bytes()
+    except (CorruptCheckpoint, OSError):
+        pass  # worth nothing to anybody
+    doomed = folder.with_name(f".deleted-{folder.name}-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if swap(ours, folder):
+        ours.rename(doomed)
+    else:
+        folder.rename(doomed)
+        ours.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return manifest, content
 
 
 def _record(path: Path) -> FileRecord:
-    _sync(path)
-    return FileRecord(size=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
+    return FileRecord(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _demand_space(parent: Path, expected_bytes: int) -> None:

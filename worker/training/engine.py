@@ -25,11 +25,12 @@ from shared.training_spec import Resolved
 from worker.training import head
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
+from worker.training.failures import is_out_of_memory
 
 TOKENS, CONVERSATIONS = "anneal_tokens", "anneal_conversations"
 """What the collator counts, carried with each micro-batch as plain numbers."""
 EVALUATION_TOKENS = 4096
-"""Padded tokens of one evaluation batch: bounds its logits."""
+"""Padded tokens of one evaluation batch: bounds its logits. Halved where even that does not fit."""
 OPTIMIZERS = {"adamw_8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}
 
 
@@ -231,14 +232,31 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool
     """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile.
 
     Padded batches with a mask, so that nothing depends on how the engine tells conversations apart; logits are made
-    of the labelled positions only.
+    of the labelled positions only. Smaller batches are tried before memory counts as having run out: no choice that
+    makes training fit would help here.
     """
+    longest = max(len(row.ids) for row in rows)
+    batch_tokens = EVALUATION_TOKENS
+    while True:
+        try:
+            return _evaluate(engine, rows, batch_tokens, should_stop)
+        except Exception as error:
+            if not is_out_of_memory(error) or batch_tokens <= longest:
+                raise
+        batch_tokens //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _evaluate(
+    engine: Engine, rows: list[Example], batch_tokens: int, should_stop: Callable[[], bool]
+) -> EvaluationResult | None:
     model = engine.bare_model()
     was_training = model.training
     model.eval()
     loss_sum, correct, count = 0.0, 0, 0
     try:
-        for batch in _evaluation_batches(rows, engine.args.device):
+        for batch in _evaluation_batches(rows, batch_tokens, engine.args.device):
             if should_stop():
                 return None
             with torch.no_grad(), _autocast(engine):
@@ -265,11 +283,11 @@ def _autocast(engine: Engine) -> Any:
     return contextlib.nullcontext()
 
 
-def _evaluation_batches(rows: list[Example], device: Any) -> Iterator[dict[str, Any]]:
-    """Batches of like lengths, each at most EVALUATION_TOKENS with its padding (or one row)."""
+def _evaluation_batches(rows: list[Example], batch_tokens: int, device: Any) -> Iterator[dict[str, Any]]:
+    """Batches of like lengths, each at most `batch_tokens` with its padding (or one row)."""
     waiting: list[Example] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        if waiting and (len(waiting) + 1) * len(row.ids) > EVALUATION_TOKENS:
+        if waiting and (len(waiting) + 1) * len(row.ids) > batch_tokens:
             yield _padded(waiting, device)
             waiting = []
         waiting.append(row)

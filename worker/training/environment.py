@@ -37,6 +37,12 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 
+SUPERVISED_BY = "ANNEAL_SUPERVISED_BY"
+"""The supervisor's process id, so that a trainer can tell whether its parent is still that one."""
+
+UNSAFE = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)
+"""Would let the pickles of a checkpoint run code when it is resumed from."""
+
 SECRETS = ("ANNEAL_API_KEY", "ANNEAL_DATABASE_URL", "ANNEAL_REDIS_URL", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Nothing a trainer does needs these, so a crash dump of one can't hold them."""
 
@@ -46,5 +52,5 @@ def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
 
     Malloc, thread, GPU and verbosity settings already in `base` are kept, so that an operator can tune them.
     """
-    kept = {name: value for name, value in base.items() if name not in SECRETS}
+    kept = {name: value for name, value in base.items() if name not in (*SECRETS, *UNSAFE)}
     return {**MALLOC, **THREADS, **QUIET, **ONE_GPU, **kept, **OFFLINE}

@@ -12,8 +12,22 @@
 Everything else becomes `out_of_memory` or `trainer_error` in `describe`.
 """
 
+import errno
+from typing import Any
+
 from shared.trainer_protocol import Failed
-from shared.training_spec import Resolved
+from shared.training_spec import Resolved, TrainingSpec
+from worker.training import ladder
+
+OUT_OF_MEMORY_SIGNS = (
+    "out of memory",  # CUDA's and the driver's own words
+    "can't allocate memory",  # PyTorch's CPU allocator
+    "not enough memory",
+    "defaultcpuallocator",
+    "std::bad_alloc",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
 
 
 class TrainingFailed(Exception):
@@ -55,36 +69,66 @@ class DiskFull(TrainingFailed):
     code = "disk_full"
 
 
-def describe(error: BaseException, resolved: Resolved | None) -> Failed:
-    """The message that ends the protocol for this exception."""
+def describe(error: BaseException, training: TrainingSpec, resolved: Resolved | None) -> Failed:
+    """The message that ends the protocol for this exception.
+
+    Args:
+        training: the client's choices.
+        resolved: what they came to; None while the model was not loaded yet.
+    """
     if isinstance(error, TrainingFailed):
         return Failed(code=error.code, message=error.message, param=error.param)
-    if _is_out_of_memory(error):
-        advice, param = _what_would_fit(resolved)
-        return Failed(code="out_of_memory", message=f"The accelerator or host ran out of memory: {advice}", param=param)
+    if is_out_of_memory(error):
+        advice, param = _what_would_fit(training, {} if resolved is None else resolved.shown())
+        return Failed(
+            code="out_of_memory", message=f"The accelerator or host ran out of memory: {advice}.", param=param
+        )
     return Failed(code="trainer_error", message=f"{type(error).__name__}: {error}")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has an exception of its own for GPUs; its CPU allocator raises a plain RuntimeError."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this exception, or one that led to it, says that memory ran out, of a GPU or of the host.
+
+    PyTorch has an exception of its own for its GPU allocator only. Its CPU allocator, cuBLAS, oneDNN and driver calls
+    raise RuntimeErrors told apart by their text, and compilers and engines wrap what they catch.
+    """
+    chain: BaseException | None = error
+    seen: set[int] = set()
+    while chain is not None and id(chain) not in seen:
+        if _says_out_of_memory(chain):
+            return True
+        seen.add(id(chain))
+        chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
+    return False
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY_SIGNS)
 
 
-def _what_would_fit(resolved: Resolved | None) -> tuple[str, str | None]:
-    if resolved is None:
-        return "the model itself does not fit; use a smaller base model or a larger machine.", None
-    if resolved.micro_batch_size > 1:
+def _what_would_fit(training: TrainingSpec, resolved: dict[str, Any]) -> tuple[str, str | None]:
+    """(what the user can do, the setting it is about): the rung of the ladder that was not taken."""
+    if not resolved:
+        return "the model itself does not fit; use a smaller base model or a machine with more memory", None
+    rung = ladder.below(training, resolved)
+    if rung is None:
         return (
-            f"set training.micro_batch_size to 1 (it was {resolved.micro_batch_size}); gradients stay the same.",
-            "training.micro_batch_size",
+            f"training.micro_batch_size is 1, gradient checkpointing is on and training.max_seq_length is "
+            f"{resolved['max_seq_length']}: no setting is left that would fit; use a smaller base model or a machine "
+            "with more memory",
+            None,
         )
-    if resolved.gradient_checkpointing is False:
-        return "set training.gradient_checkpointing to true (it was off).", "training.gradient_checkpointing"
-    shorter = max(resolved.max_seq_length // 2, 32)
-    return (
-        f"set training.max_seq_length to {shorter} (it was {resolved.max_seq_length}); longer rows are then cut.",
-        "training.max_seq_length",
-    )
+    if training.on_oom == "fail":
+        return f"{rung.advice}. training.on_oom is fail, so nothing was tried; adapt would do it unasked", rung.param
+    if rung.param == "training.max_seq_length" and training.on_oom == "adapt":
+        return (
+            "training.micro_batch_size is 1 and gradient checkpointing is on already; "
+            f"{rung.advice}. training.on_oom: truncate would do it unasked",
+            rung.param,
+        )
+    return rung.advice, rung.param

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shared.trainer_protocol import Done, Started
 from shared.training_spec import Resolved, TrainerSpec
-from worker.training import checkpoint, data, resolve, templates
+from worker.training import checkpoint, data, memory, resolve, templates
 from worker.training.failures import BadBaseModel, describe
 from worker.training.reporter import Reporter
 from worker.training.stopping import StopRequests
@@ -19,13 +19,14 @@ REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "
 
 
 class Run:
-    """The state of one attempt, so that a failure can be told with what had been resolved by then."""
+    """The state of one attempt, so that a failure can be told with what was running."""
 
     def __init__(self, spec: TrainerSpec, reporter: Reporter, stops: StopRequests) -> None:
         self.spec = spec
         self.reporter = reporter
         self.stops = stops
-        self.resolved: Resolved | None = None
+        self.running: Resolved | None = None
+        """Set once the model is loaded: before that, no choice of the client could make it fit."""
 
     def attempt(self) -> int:
         """Run to the end, a stop or a failure; the protocol's last message is sent. Returns the exit status."""
@@ -35,7 +36,7 @@ class Run:
             import traceback
 
             traceback.print_exc(file=sys.stderr)
-            self.reporter.send(describe(error, self.resolved))
+            self.reporter.send(describe(error, self.spec.training, self.running))
             return 1
         return 0
 
@@ -47,6 +48,8 @@ class Run:
 
         # Load.
         hardware = model.hardware()
+        if spec.memory_limit_bytes is not None:
+            memory.limit(spec.memory_limit_bytes, is_gpu=hardware.is_gpu)
         base = Path(spec.base_model_dir)
         tokenizer = model.load_tokenizer(base)
         template = templates.choose(spec.training.chat_template, tokenizer)
@@ -54,7 +57,7 @@ class Run:
         # Data.
         longest = resolve.longest_conversation(spec, model.position_limit(base))
         rows, validation = self._read_data(template, tokenizer, hardware, longest)
-        self.resolved = resolved = resolve.resolve(
+        resolved = resolve.resolve(
             spec,
             hardware,
             rows=len(rows),
@@ -62,8 +65,9 @@ class Run:
             has_validation=spec.validation_file is not None,
             chat_template=template.name,
         )
-        for warning in resolve.advice(spec, resolved, len(rows)):
-            self.reporter.warn(warning)
+        if spec.resume_from is None:
+            for warning in resolve.advice(spec, resolved, len(rows)):
+                self.reporter.warn(warning)
 
         weights = model.load_model(
             base,
@@ -86,6 +90,7 @@ class Run:
         )
         callback.attach(trainer)
         engine.add_callback(trainer, callback)
+        self.running = resolved
         self.reporter.send(
             Started(
                 resolved=resolved.shown(),
@@ -137,7 +142,8 @@ class Run:
         return rows, validation
 
     def _tell_losses(self, examples: data.Examples, which: str, longest: int) -> None:
-        if examples.cut:
+        # A resumed attempt has said so before, unless its sequences have become shorter since.
+        if examples.cut and (self.spec.resume_from is None or self.spec.training.on_oom == "truncate"):
             self.reporter.warn(
                 f"{examples.cut} {which} rows are longer than {longest} tokens and were cut"
                 + (f"; {examples.dropped} of them had no answer left and were dropped" if examples.dropped else "")
@@ -154,7 +160,6 @@ class Run:
         manifest = checkpoint.read_manifest(Path(self.spec.resume_from))
         if not manifest.resumable:
             raise BadBaseModel(f"checkpoint {manifest.step} is a finished model and can't be resumed from")
-        self.reporter.info(f"Resumed from step {manifest.step}.", step=manifest.step)
         return manifest.step + 1, manifest.tokens
 
 

@@ -148,6 +148,20 @@ def save_model(model: Any, base: Path, target: Path, template: Template) -> None
     _save_tokenizer(base, target, template)
 
 
+def not_finite(model: Any) -> str | None:
+    """The name of a parameter that holds a NaN or an infinity, None if there is none.
+
+    One pass over the weights that allocates nothing, with one wait for the device: the smallest and the largest
+    value of a tensor are NaN if any value is.
+    """
+    import torch
+
+    named = [(name, parameter.detach()) for name, parameter in model.named_parameters() if parameter.numel()]
+    extremes = torch.stack([torch.stack(torch.aminmax(values)).float() for _, values in named])
+    broken = (~extremes.isfinite().all(dim=1)).nonzero()
+    return named[int(broken[0])][0] if len(broken) else None
+
+
 def saved_bytes(model: Any, *, resumable: bool) -> int:
     """About what a checkpoint takes on disk: the weights, and two moments in 32 bits if it is resumable."""
     weights: int = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -4,6 +4,7 @@ Must be opened before anything is imported that prints. Knows nothing of trainin
 """
 
 import os
+import select
 import sys
 import threading
 
@@ -27,6 +28,23 @@ class Reporter:
         with self._lock:
             while line:
                 line = line[os.write(self._descriptor, line) :]
+
+    def send_unless_busy(self, message: Message) -> None:
+        """Write a message of less than PIPE_BUF bytes, or drop it where that would have to wait.
+
+        For whoever must never wait for a reader: another thread may be writing, or the pipe be full.
+
+        Raises:
+            BrokenPipeError: nobody listens any more.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            _, writable, _ = select.select([], [self._descriptor], [], 0)
+            if writable:  # a pipe with room for PIPE_BUF bytes, and nobody else writes while the lock is held
+                os.write(self._descriptor, message.model_dump_json().encode() + b"\n")
+        finally:
+            self._lock.release()
 
     def warn(self, text: str, **data: object) -> None:
         self.send(Event(level="warn", message=text, data=data or None))

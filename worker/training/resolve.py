@@ -85,6 +85,7 @@ def resolve(
             "logging_steps": training.logging_steps,
             "keep_checkpoints": training.keep_checkpoints,
             "train_on": training.train_on,
+            "on_oom": training.on_oom,
             "seed": spec.seed,
         }
     )

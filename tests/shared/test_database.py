@@ -1,0 +1,137 @@
+"""The database going away, coming back, and being migrated while it is in use."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import text
+
+import migrations
+from shared import db
+from shared.settings import Settings, get_settings
+from tests.campaign.postgres import Postgres
+
+
+def start(server: Postgres) -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(server.command, user=server.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server.wait_until_ready()
+    return process
+
+
+def test_a_pool_survives_the_kill_and_restart_of_postgresql() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="anneal-pg-"))
+    server = Postgres(folder)
+    process = start(server)
+    try:
+        server.create_database()
+        engine = db.make_engine(server.url)
+        with engine.begin() as connection:
+            connection.execute(text("create table t (n int)"))
+        with pytest.raises(db.UNAVAILABLE), engine.begin() as connection:
+            connection.execute(text("insert into t values (1)"))
+            process.kill()
+            for _ in range(100):  # its children notice within moments
+                connection.execute(text("select 1"))
+                time.sleep(0.1)
+        process.wait()
+        with pytest.raises(db.UNAVAILABLE), engine.begin():
+            pass
+        process = start(server)
+        with engine.begin() as connection:
+            assert connection.execute(text("select count(*) from t")).scalar_one() == 0, "not committed, so gone"
+        engine.dispose()
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_client_that_stands_still_inside_a_transaction_loses_its_locks(
+    postgres: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANNEAL_LEASE_S", "4")
+    monkeypatch.setenv("ANNEAL_HEARTBEAT_S", "1")
+    get_settings.cache_clear()
+    engine = db.make_engine(postgres("postgres"))
+    get_settings.cache_clear()
+    with pytest.raises(db.UNAVAILABLE), engine.begin() as connection:
+        connection.execute(text("select 1"))
+        time.sleep(1.5)  # a quarter of the lease is one second
+        connection.execute(text("select 1"))
+    engine.dispose()
+
+
+def test_a_migration_does_not_stand_in_line_for_a_busy_table(
+    postgres: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = postgres("postgres").replace("postgresql+psycopg://", "postgresql://", 1)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute("create database busy template anneal_template")
+    engine = db.make_engine(postgres("busy"))
+    from alembic import command
+
+    command.downgrade(migrations.config(engine), "0001")
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_S", 0.1)
+    holder = psycopg.connect(admin, dbname="busy")
+    try:
+        holder.execute("lock table jobs in access share mode")
+        began = time.monotonic()
+        with pytest.raises(migrations.TableBusy, match="pg_stat_activity"):
+            migrations.upgrade(engine, tries=1)
+        assert time.monotonic() - began < 8
+        waiting = threading.Timer(1, holder.rollback)
+        waiting.start()
+        migrations.upgrade(engine, tries=5)
+        waiting.join()
+    finally:
+        holder.close()
+        engine.dispose()
+
+
+def test_two_nodes_that_migrate_at_once_both_succeed(postgres: Callable[[str], str]) -> None:
+    admin = postgres("postgres").replace("postgresql+psycopg://", "postgresql://", 1)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute("create database fresh")
+    environment = {**os.environ, "ANNEAL_DATABASE_URL": postgres("fresh")}
+    command = [sys.executable, "-m", "cli.main", "migrate"]
+    nodes = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [node.wait(60) for node in nodes] == [0, 0, 0]
+
+
+def test_sqlites_journal_follows_its_version(tmp_path: Path) -> None:
+    engine = db.make_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    with engine.connect() as connection:
+        mode = connection.execute(text("pragma journal_mode")).scalar_one()
+        synchronous = connection.execute(text("pragma synchronous")).scalar_one()
+    engine.dispose()
+    assert mode == ("wal" if sqlite3.sqlite_version_info >= (3, 51, 3) else "delete")
+    assert synchronous == 2, "FULL"
+
+
+@pytest.mark.parametrize(("version", "mode"), [((3, 51, 2), "delete"), ((3, 51, 3), "wal"), ((3, 40, 1), "delete")])
+def test_a_write_ahead_log_is_used_only_where_it_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int], mode: str
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    engine = db.make_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    with engine.connect() as connection:
+        assert connection.execute(text("pragma journal_mode")).scalar_one() == mode
+    engine.dispose()
+
+
+def test_leases_and_passes_use_the_databases_clock(settings: Settings) -> None:
+    with db.reading() as session:
+        first = db.clock(session)
+        time.sleep(0.05)
+        second = db.clock(session)
+    assert 0.01 < second - first < 5
+    assert abs(second - time.time()) < 60

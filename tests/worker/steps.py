@@ -1,0 +1,74 @@
+"""What tests of supervision do again and again: claim, run, look."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+from sqlalchemy import select, update
+
+from shared import jobs, storage
+from shared.db import reading, transaction
+from shared.models import Event, Job, Sweep
+from shared.settings import Settings
+from tests.campaign.toy_model import Reference, reference
+from tests.campaign.toy_trainer import COMMAND
+from worker import supervisor
+from worker.sweeper import Sweeper
+
+TOY = COMMAND
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def claim(settings: Settings) -> Job:
+    with transaction() as session:
+        job = jobs.claim_next(session, "test-worker", settings.lease_s)
+    assert job is not None
+    return job
+
+
+def run_next(settings: Settings) -> None:
+    supervisor.supervise(claim(settings), settings, TOY)
+
+
+def job_of(job_id: str) -> Job:
+    with reading() as session:
+        job = session.get(Job, job_id)
+    assert job is not None
+    return job
+
+
+def expected(settings: Settings, job: Job, steps: int) -> Reference:
+    """What the toy must have done, computed here and now."""
+    data = storage.local_file(settings, job.training_file).read_bytes()
+    return reference(job.seed, data, steps)
+
+
+def messages(job_id: str) -> list[str]:
+    with reading() as session:
+        return list(session.scalars(select(Event.message).where(Event.job_id == job_id).order_by(Event.sequence)))
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def in_thread(job: Job, settings: Settings) -> threading.Thread:
+    thread = threading.Thread(target=supervisor.supervise, args=(job, settings, TOY))
+    thread.start()
+    return thread
+
+
+def after_grace(settings: Settings) -> None:
+    """Let a sweep find that everybody has had their lease."""
+    Sweeper(settings).expire_leases()
+    with transaction() as session:
+        session.execute(update(Sweep).values(no_expiry_before=0))
+
+
+def toys() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "tests.campaign.toy_trainer" in p.cmdline()]

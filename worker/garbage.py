@@ -1,0 +1,78 @@
+"""Bytes in storage that no row names: what killed uploads, killed saves and retired checkpoints left behind.
+
+Bytes are written before their row and removed after it, so garbage is all a crash can leave. What is listed is
+compared with rows read *after* the listing; only what is old enough that nobody can still be about to write its row
+is removed. Storage that belongs to another database is left alone: a mistyped URL must not empty it.
+"""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+from sqlalchemy import select
+
+from shared import storage
+from shared.db import reading
+from shared.models import Checkpoint, File, Job, JobStatus, Model
+from shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+BATCH = 500
+
+
+def collect(settings: Settings, instance: str) -> int:
+    """Remove what nobody names. Returns how many files and folders that were.
+
+    Safe in any number and at any time; a crash leaves the rest for the next pass.
+
+    Args:
+        instance: the database's name, from its sweep row.
+    """
+    owner = storage.owned_by(settings, instance)
+    if owner != instance:
+        log.error(
+            "the storage belongs to the database %s and not to this one (%s): nothing is collected. If the database "
+            "was replaced on purpose, remove the file `.owner` from the storage",
+            owner,
+            instance,
+        )
+        return 0
+    storage.clear_incoming(settings, settings.garbage_age_s)
+    removed = 0
+    old_files = (file_id for file_id, age_s in storage.list_files(settings) if age_s >= settings.garbage_age_s)
+    while batch := list(islice(old_files, BATCH)):
+        for file_id in _without_row(batch):
+            log.info("file %s has no row and is removed", file_id)
+            storage.delete_file(settings, file_id)
+            removed += 1
+    for location in _unregistered(settings):
+        log.info("checkpoint %s is registered nowhere and is removed", location)
+        storage.delete_tree(settings, location)
+        removed += 1
+    return removed
+
+
+def _without_row(file_ids: list[str]) -> set[str]:
+    with reading() as session:
+        known = set(session.scalars(select(File.id).where(File.id.in_(file_ids))))
+    return set(file_ids) - known
+
+
+def _unregistered(settings: Settings) -> Iterator[str]:
+    """Folders of checkpoints that are named by no row and can't get one any more."""
+    by_job: dict[str, list[str]] = {}
+    for location, age_s in storage.list_checkpoints(settings):
+        if age_s >= settings.garbage_age_s:
+            by_job.setdefault(location.split("/")[1], []).append(location)
+    for job_id, locations in by_job.items():
+        with reading() as session:
+            job = session.get(Job, job_id)
+            named = set(session.scalars(select(Checkpoint.location).where(Checkpoint.job_id == job_id)))
+            named |= set(session.scalars(select(Model.location).where(Model.job_id == job_id)))
+        for location in locations:
+            fence = int(location.split("/")[2])
+            # The claim that runs may be about to register it; an earlier one can't.
+            may_be_registered = job is not None and job.status == JobStatus.RUNNING and fence >= job.fence
+            if location not in named and not may_be_registered:
+                yield location

@@ -1,0 +1,97 @@
+"""One trainer for one job on this host, for certain: a lock that lives exactly as long as the trainer does.
+
+    supervisor opens the file, locks it, starts the trainer with the descriptor, writes the trainer's number, closes
+    its own copy; from then on the lock is the trainer's alone, and the kernel frees it when the trainer is gone
+
+The lease in the database decides who may run a job. It can't end the trainer of a supervisor that was stopped for
+longer than its lease; the next supervisor of the same job on the same host finds the lock held, and ends it.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+EVICTION_LIMIT_S = 30.0
+"""How long a trainer that was sent SIGKILL may take to vanish: the kernel may be writing its memory to a device."""
+PAUSE_S = 0.05
+
+
+class LockHeld(Exception):
+    """Somebody holds the job's lock and can't be made to let go."""
+
+
+class HostLock:
+    """The lock of one job, held by whoever has `descriptor` open; leaving the block lets go of our own copy."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._open = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @classmethod
+    def acquire(cls, path: Path, limit_s: float = EVICTION_LIMIT_S) -> Self:
+        """Take the lock, from a trainer that an earlier claim has left behind if need be.
+
+        Raises:
+            LockHeld: it is still held after `limit_s`.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + limit_s
+        try:
+            while not _locked(descriptor):
+                _end_holder(descriptor)
+                if time.monotonic() > deadline:
+                    raise LockHeld(f"{path} is held by {_read(descriptor) or 'an unknown process'}")
+                time.sleep(PAUSE_S)
+            os.ftruncate(descriptor, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor)
+
+    def give_to(self, pid: int) -> None:
+        """Note who holds it from now on, and let go of our own copy."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.pwrite(self.descriptor, f"{pid} {psutil.Process(pid).create_time()!r}".encode(), 0)
+        self.close()
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            os.close(self.descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read(descriptor: int) -> str:
+    return os.pread(descriptor, 100, 0).decode(errors="replace")
+
+
+def _end_holder(descriptor: int) -> None:
+    """Kill the group of the trainer named in the file, if that number is still the process it was."""
+    try:
+        pid, created = _read(descriptor).split()
+        holder = psutil.Process(int(pid))
+        if holder.create_time() != float(created):
+            return
+        os.killpg(holder.pid, signal.SIGKILL)
+    except (ValueError, psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+        return  # nobody yet, or no longer
