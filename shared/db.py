@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 from sqlalchemy import Connection, Engine, Float, create_engine, event, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
@@ -25,6 +26,9 @@ from shared.settings import get_settings
 SQLITE_SAFE_WAL = (3, 51, 3)
 """SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
 SQLITE_BUSY_TIMEOUT_S = 20
+NETWORK_FILE_SYSTEMS = frozenset(
+    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "sshfs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs", "afs")
+)
 
 UNAVAILABLE = (OperationalError, InterfaceError, InternalError)
 """What a database that is away, starting, out of locks or read-only raises: the same write may succeed later.
@@ -78,11 +82,28 @@ def make_engine(url: str) -> Engine:
             },
         )
     if parsed.database and parsed.database != ":memory:":
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(parsed.database).absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_network(folder)
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_size=20, max_overflow=30)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _refuse_network(folder: Path) -> None:
+    """SQLite's locks don't hold between the clients of a network file system: two writers would corrupt the database.
+
+    Raises:
+        ValueError: the folder is on one.
+    """
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kind = next((mounts[place] for place in (folder, *folder.parents) if place in mounts), "")
+    if kind.removeprefix("fuse.") in NETWORK_FILE_SYSTEMS:
+        raise ValueError(
+            f"{folder} is on a network file system ({kind}), where SQLite's locks don't hold; choose a local folder "
+            "with ANNEAL_DATA, or PostgreSQL with ANNEAL_DATABASE_URL"
+        )
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

@@ -235,7 +235,8 @@ class FineTuningJob(BaseModel):
             metadata=job.job_metadata,
             method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
             anneal={
-                "training": {**job.training, **resolved},
+                "training": {**job.training, **(job.adapted or {}), **resolved},
+                "adapted": job.adapted,
                 "current_step": job.current_step,
                 "total_steps": job.total_steps,
                 "started_at": _seconds(job.started_at),

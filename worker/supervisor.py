@@ -17,24 +17,24 @@ import signal
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from pathlib import Path
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import checkpoints, events, files, jobs, model_registry, results, storage
-from shared.checkpoint_files import MANIFEST, TEMPORARY_PREFIX, CorruptCheckpoint, MissingCheckpoint, sha256_of
+from shared.checkpoint_files import TEMPORARY_PREFIX
 from shared.db import UNAVAILABLE, reading, transaction
 from shared.disk import make_folder
-from shared.errors import AppError, BadRequest
-from shared.models import Checkpoint, File, Job
+from shared.errors import AppError
+from shared.models import Job
 from shared.settings import Settings
 from shared.trainer_protocol import Alive, Done, Failed, Message, Stopped, parse
-from shared.training_spec import TrainerSpec, TrainingSpec
-from worker import base_models, lifecycle, memory
+from shared.training_spec import TrainingSpec
+from worker import lifecycle, memory
 from worker.host_lock import HostLock, LockHeld
 from worker.lease import LeaseKeeper
+from worker.preparation import Preparation
 from worker.recorder import Recorder
+from worker.run_folder import RunFolder
 from worker.trainer_process import TrainerProcess, TrainerSurvives
 from worker.training import ladder
 
@@ -90,7 +90,7 @@ class _Run:
             self._base_model = model_registry.root_base(session, job)
         self._training = TrainingSpec.model_validate({**job.training, **(job.adapted or {})})
         self._recorder = Recorder(job, self._base_model, self._training.keep_checkpoints, settings)
-        self._work_dir = settings.run_dir / "jobs" / job.id / str(job.fence)
+        self._folder = RunFolder(settings, job.id, job.fence)
         self._checkpoint_dir = storage.staging_dir(settings, job.id, job.fence)
         self._leash_s = settings.lease_s / 2  # shorter than what is left of a lease when a heartbeat fails to come
         self._stood_still_s = 0.0
@@ -98,22 +98,22 @@ class _Run:
         self._trainer: TrainerProcess | None = None
 
     def execute(self, lease: LeaseKeeper) -> None:
-        self._work_dir.mkdir(parents=True, exist_ok=True)
+        self._folder.work.mkdir(parents=True, exist_ok=True)
         make_folder(self._checkpoint_dir)  # on disk before anything in it is called published
-        with HostLock.acquire(self._work_dir.parent / "lock") as lock:
+        prepared = Preparation(self._job, self._training, self._base_model, self._folder, self._settings, self._write)
+        with HostLock.acquire(self._folder.lock) as lock:
             storage.clear_staging(self._settings, self._job.id)  # no trainer of this job runs here now
-            base_dir = self._resolve_base()
-            resume_from, complete = self._resume_point()
+            base_dir = prepared.base_dir()
+            resume_from, complete = prepared.resume_point()
             if complete:
                 self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
                 return
             if lease.cancel_requested.is_set():
                 self._settle_cancelled()
                 return
-            spec = self._spec(base_dir, resume_from)
-            log_path = self._work_dir.parent / f"trainer-{self._job.fence}.log"
+            spec = prepared.spec(base_dir, resume_from, self._leash_s)
             memory_kills = memory.kills()
-            self._trainer = TrainerProcess(spec, log_path, lock, lease.lost, self._command)
+            self._trainer = TrainerProcess(spec, self._folder.trainer_log, lock, lease.lost, self._command)
         log.info("trainer %d started for %s", self._trainer.pid, self._job.id)
         try:
             outcome = self._follow(self._trainer, lease)
@@ -123,86 +123,6 @@ class _Run:
             self._settle(outcome, lease)
         finally:
             self._trainer.close()
-
-    def _spec(self, base_dir: Path, resume_from: Path | None) -> TrainerSpec:
-        hyperparameters = self._job.hyperparameters
-        return TrainerSpec(
-            job_id=self._job.id,
-            fence=self._job.fence,
-            base_model=self._job.model,
-            base_model_dir=str(base_dir),
-            training_file=self._local_file(self._job.training_file),
-            validation_file=None if self._job.validation_file is None else self._local_file(self._job.validation_file),
-            checkpoint_dir=str(self._checkpoint_dir),
-            work_dir=str(self._work_dir),
-            resume_from=None if resume_from is None else str(resume_from),
-            training=self._training,
-            n_epochs=hyperparameters.get("n_epochs", "auto"),
-            learning_rate_multiplier=hyperparameters.get("learning_rate_multiplier", "auto"),
-            seed=self._job.seed,
-            leash_s=self._leash_s,
-            memory_limit_bytes=self._settings.trainer_memory_bytes,
-        )
-
-    def _local_file(self, file_id: str) -> str:
-        with reading() as session:
-            sha256 = session.scalar(select(File.sha256).where(File.id == file_id))
-        return str(storage.local_file(self._settings, file_id, sha256=sha256, keep_in=self._work_dir))
-
-    def _resolve_base(self) -> Path:
-        """The folder of what is fine-tuned; where base weights came from is told on the job."""
-        location = self._job.model_location
-        if not location.startswith(model_registry.BASE_LOCATION):
-            try:
-                return storage.local_checkpoint(self._settings, location, recheck=True, keep_in=self._work_dir / "base")
-            except CorruptCheckpoint as error:
-                log.error("base %s: %s", location, error)
-                missing = isinstance(error, MissingCheckpoint)
-                raise BadRequest(
-                    f"the model {self._job.model!r} "
-                    + ("no longer exists" if missing else "is damaged; start from another checkpoint"),
-                    param="model",
-                    code="model_not_found" if missing else "model_damaged",
-                ) from error
-        found = base_models.resolve(location.removeprefix(model_registry.BASE_LOCATION), self._settings)
-        with transaction() as session:
-            job = jobs.owned(
-                session, self._job.id, self._job.fence, model_source=found.source, model_revision=found.revision
-            )
-            message = f"Base model {self._job.model}: {found.source}" + (f" ({found.note})" if found.note else "")
-            data = {"source": found.source, "revision": found.revision}
-            events.append(session, job, message, level="warn" if found.note else "info", data=data)
-            written = events.written(session)
-        self._recorder.publish(written)
-        return found.path
-
-    def _resume_point(self) -> tuple[Path | None, bool]:
-        """(newest whole checkpoint that can be resumed, whether the run was already complete)."""
-        with reading() as session:
-            rows = checkpoints.newest_first(session, self._job.id)
-        for row in rows:
-            try:
-                path = storage.local_checkpoint(
-                    self._settings, row.location, recheck=True, keep_in=self._work_dir / f"resume-{row.step}"
-                )
-                if sha256_of(path / MANIFEST) != row.manifest_sha256:
-                    raise CorruptCheckpoint(f"{path / MANIFEST} is not the one that was registered")
-            except CorruptCheckpoint as error:
-                # Anything else is storage out of reach, a fault: going back to an older one would throw work away.
-                log.error("checkpoint %s is not used: %s", row.location, error)
-                self._discard(row)
-                continue
-            if row.step == self._job.total_steps:
-                return None, True
-            if row.resumable:
-                return path, False
-        return None, False
-
-    def _discard(self, damaged: Checkpoint) -> None:
-        """Nobody may resume from it or be served by it; what is left of its folder becomes garbage."""
-        self._write(
-            lambda session: checkpoints.discard(session, self._job, self._job.fence, damaged.step, self._base_model)
-        )
 
     def _follow(self, trainer: TrainerProcess, lease: LeaseKeeper) -> Message | None:
         """Record messages and pass on orders until the trainer is gone. Returns its last word, None if it had none."""
@@ -359,7 +279,7 @@ class _Run:
     def clean_up(self) -> None:
         """Remove scratch folders and half-written checkpoints, those of earlier claims too; trainers' logs stay."""
         self._recorder.close()
+        self._folder.clear()
         for fence in range(1, self._job.fence + 1):
-            shutil.rmtree(self._work_dir.with_name(str(fence)), ignore_errors=True)
             for leftover in self._checkpoint_dir.with_name(str(fence)).glob(f"{TEMPORARY_PREFIX}*"):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -8,7 +8,7 @@ from shared import files, jobs, storage, training_data
 from shared.db import reading, transaction
 from shared.queue import TRAIN, VALIDATE_FILES, send
 from shared.settings import get_settings
-from worker import lifecycle, supervisor
+from worker import lifecycle, run_folder, supervisor
 from worker.app import celery_app
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ def train() -> None:
     """Claim the next job, supervise it, settle it; again while any waits. A second delivery finds nothing to claim."""
     settings = get_settings()
     worker = f"{socket.gethostname()}:{os.getpid()}"
+    run_folder.forget_old(settings)
     while not lifecycle.shutdown.is_set():
         with transaction() as session:
             job = jobs.claim_next(session, worker, settings.lease_s)

@@ -8,9 +8,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from sqlalchemy import text
@@ -126,6 +128,15 @@ def test_a_write_ahead_log_is_used_only_where_it_is_safe(
     with engine.connect() as connection:
         assert connection.execute(text("pragma journal_mode")).scalar_one() == mode
     engine.dispose()
+
+
+def test_sqlite_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = namedtuple("mount", "mountpoint fstype")
+    mounts = [mount("/", "ext4"), mount(str(tmp_path / "share"), "nfs4")]  # mounting a real one takes a server
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    with pytest.raises(ValueError, match=r"network file system \(nfs4\).*ANNEAL_DATABASE_URL"):
+        db.make_engine(f"sqlite:///{tmp_path / 'share' / 'deep' / 'a.db'}")
+    db.make_engine(f"sqlite:///{tmp_path / 'a.db'}").dispose()
 
 
 def test_leases_and_passes_use_the_databases_clock(settings: Settings) -> None:

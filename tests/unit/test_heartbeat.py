@@ -66,3 +66,21 @@ def test_health_tells_alive_from_silent_from_absent(settings: Settings) -> None:
         long_ago = time.time() - heartbeat.SILENT_AFTER_S - 5
         os.utime(heartbeat_path(settings, "train"), (long_ago, long_ago))
         assert "silent" in str(health.check(settings, "train"))
+
+
+def test_a_worker_falls_silent_with_the_child_that_does_its_work(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker import app
+
+    monkeypatch.setattr(app, "get_settings", lambda: settings)
+    worker = app._WorkerHeartbeat(settings, "train", every_s=None)
+    child = heartbeat_path(settings, "train-child")
+    worker.beat()
+    assert age(settings, "train") is not None, "the child is still being born"
+    for child_age_s, silent in ((0.0, False), (heartbeat.SILENT_AFTER_S + 1, True)):
+        child.touch()
+        os.utime(child, (time.time() - child_age_s,) * 2)
+        os.utime(heartbeat_path(settings, "train"), (0, 0))
+        worker.beat()
+        assert (heartbeat_path(settings, "train").stat().st_mtime == 0) is silent

@@ -14,14 +14,14 @@ from shared.models import FileStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings
 from tests.worker.steps import BASE
-from worker import supervisor
+from worker import base_models
 
 
 @pytest.fixture(autouse=True)
 def base_folder(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The toy reads no weights: any folder is a base model."""
-    found = supervisor.base_models.BaseModelFiles(path=tmp_path, source="folder", revision=None, note=None)
-    monkeypatch.setattr(supervisor.base_models, "resolve", lambda *_: found)
+    found = base_models.BaseModelFiles(path=tmp_path, source="folder", revision=None, note=None)
+    monkeypatch.setattr(base_models, "resolve", lambda *_: found)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
 
 

@@ -30,7 +30,7 @@ from tests.worker.steps import (
     toys,
     wait_for,
 )
-from worker import lifecycle, recorder, supervisor
+from worker import base_models, lifecycle, recorder, supervisor
 from worker.sweeper import Sweeper
 
 
@@ -215,18 +215,18 @@ def test_a_fault_that_is_not_the_trainers_waits_and_spends_another_budget(
     def unreachable(*_: Any) -> None:
         raise Unavailable("the hub is out of reach; try again")
 
-    resolve = supervisor.base_models.resolve
+    resolve = base_models.resolve
     patient = settings.model_copy(update={"retry_delay_s": 60})
     job_id = submit()
     with monkeypatch.context() as patch:
-        patch.setattr(supervisor.base_models, "resolve", unreachable)
+        patch.setattr(base_models, "resolve", unreachable)
         supervisor.supervise(claim(settings), patient, TOY)
     job = job_of(job_id)
     assert (job.status, job.attempts, job.faults) == ("queued", 0, 1)
     with transaction() as session:
         assert jobs.claim_next(session, "w", 60) is None, "it waits before it is tried again"
         session.execute(update(Job).values(not_before=now() - 1))
-    assert supervisor.base_models.resolve is resolve
+    assert base_models.resolve is resolve
     run_next(settings)
     job = job_of(job_id)
     assert (job.status, job.faults) == ("succeeded", 0)

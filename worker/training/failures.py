@@ -22,6 +22,7 @@ from worker.training import ladder
 OUT_OF_MEMORY_SIGNS = (
     "out of memory",  # CUDA's and the driver's own words
     "can't allocate memory",  # PyTorch's CPU allocator
+    "cannot allocate memory",  # the kernel, to whoever maps a file
     "not enough memory",
     "defaultcpuallocator",
     "std::bad_alloc",

@@ -1,0 +1,50 @@
+"""What a job leaves on the host that runs it. Never the only copy of anything but trainers' logs.
+
+run_dir/jobs/<job>/lock                 held by the trainer that runs
+run_dir/jobs/<job>/trainer-<fence>.log  what one attempt's libraries printed, capped
+run_dir/jobs/<job>/<fence>/             scratch of one claim
+"""
+
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shared.settings import Settings
+
+LOGS_KEPT_S = 7 * 86_400.0
+"""How long a job's folder stays after anything in it changed: long enough to look into last week's failures."""
+
+
+class RunFolder:
+    """The folder of one claim."""
+
+    def __init__(self, settings: Settings, job_id: str, fence: int) -> None:
+        self._job = settings.run_dir / "jobs" / job_id
+        self._fence = fence
+
+    @property
+    def lock(self) -> Path:
+        return self._job / "lock"
+
+    @property
+    def trainer_log(self) -> Path:
+        return self._job / f"trainer-{self._fence}.log"
+
+    @property
+    def work(self) -> Path:
+        return self._job / str(self._fence)
+
+    def clear(self) -> None:
+        """Remove the scratch of this claim and of earlier ones; a later one's is not ours to touch."""
+        for fence in range(1, self._fence + 1):
+            shutil.rmtree(self._job / str(fence), ignore_errors=True)
+
+
+def forget_old(settings: Settings, kept_s: float = LOGS_KEPT_S) -> None:
+    """Remove the folders of jobs that have not run here for long. A running one's log and scratch are young."""
+    for folder in (settings.run_dir / "jobs").glob("*"):
+        with suppress(FileNotFoundError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest > kept_s:
+                shutil.rmtree(folder, ignore_errors=True)
