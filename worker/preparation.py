@@ -92,15 +92,29 @@ class Preparation:
                 return path, False
         return None, False
 
-    def spec(self, base_dir: Path, resume_from: Path | None, leash_s: float) -> TrainerSpec:
+    def files(self) -> tuple[str, str | None]:
+        """Paths of the training and the validation file.
+
+        To be asked for before `resume_point`: a storage that lacks these is the wrong one, and its lack of
+        checkpoints says nothing.
+
+        Raises:
+            StorageUnavailable: one is not there.
+        """
+        validation = self._job.validation_file
+        return self._local_file(self._job.training_file), None if validation is None else self._local_file(validation)
+
+    def spec(
+        self, base_dir: Path, files: tuple[str, str | None], resume_from: Path | None, leash_s: float
+    ) -> TrainerSpec:
         hyperparameters = self._job.hyperparameters
         return TrainerSpec(
             job_id=self._job.id,
             fence=self._job.fence,
             base_model=self._job.model,
             base_model_dir=str(base_dir),
-            training_file=self._local_file(self._job.training_file),
-            validation_file=None if self._job.validation_file is None else self._local_file(self._job.validation_file),
+            training_file=files[0],
+            validation_file=files[1],
             checkpoint_dir=str(storage.staging_dir(self._settings, self._job.id, self._job.fence)),
             work_dir=str(self._folder.work),
             resume_from=None if resume_from is None else str(resume_from),
@@ -115,7 +129,12 @@ class Preparation:
     def _local_file(self, file_id: str) -> str:
         with reading() as session:
             sha256 = session.scalar(select(File.sha256).where(File.id == file_id))
-        return str(storage.local_file(self._settings, file_id, sha256=sha256, keep_in=self._folder.work))
+        try:
+            return str(storage.local_file(self._settings, file_id, sha256=sha256, keep_in=self._folder.work))
+        except FileNotFoundError as error:
+            raise storage.StorageUnavailable(
+                f"the bytes of file {file_id} are not in storage: it is not mounted, or not this database's"
+            ) from error
 
     def _discard(self, damaged: Checkpoint) -> None:
         """Nobody may resume from it or be served by it; what is left of its folder becomes garbage."""

@@ -4,6 +4,7 @@ Messages wait in order until the database takes them; a database that is away de
 A step that is trained again after a resume overwrites its metrics and emits nothing new.
 """
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -86,7 +87,8 @@ class Recorder:
                 self._waiting.popleft()
             self._publisher.publish(written)
             for location in doomed:
-                storage.delete_tree(self._settings, location)
+                with contextlib.suppress(AppError, OSError):  # garbage from now on, which the sweep removes
+                    storage.delete_tree(self._settings, location)
         return True
 
     def publish(self, written: list[EventRow]) -> None:

@@ -104,6 +104,7 @@ class _Run:
         with HostLock.acquire(self._folder.lock) as lock:
             storage.clear_staging(self._settings, self._job.id)  # no trainer of this job runs here now
             base_dir = prepared.base_dir()
+            data_files = prepared.files()
             resume_from, complete = prepared.resume_point()
             if complete:
                 self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
@@ -111,7 +112,7 @@ class _Run:
             if lease.cancel_requested.is_set():
                 self._settle_cancelled()
                 return
-            spec = prepared.spec(base_dir, resume_from, self._leash_s)
+            spec = prepared.spec(base_dir, data_files, resume_from, self._leash_s)
             memory_kills = memory.kills()
             self._trainer = TrainerProcess(spec, self._folder.trainer_log, lock, lease.lost, self._command)
         log.info("trainer %d started for %s", self._trainer.pid, self._job.id)

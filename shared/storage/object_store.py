@@ -11,6 +11,7 @@ after its last byte, and aborted if anything went wrong before. A checkpoint is 
 which the store refuses if there is one already. Nothing read is trusted before it was compared with a digest.
 """
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -226,9 +227,12 @@ class ObjectStorage:
     def clear_incoming(self, older_than_s: float) -> None:
         self._keys.abort_uploads(older_than_s)
         self._cache.clear_leftovers(older_than_s)
-        for step in (self._staging / CHECKPOINTS).glob("*/*/*"):
-            if time.time() - last_change(step) >= max(older_than_s, MIN_STAGING_AGE_S):
-                shutil.rmtree(step, ignore_errors=True)
+        limit_s = max(older_than_s, MIN_STAGING_AGE_S)
+        for pattern in ("*/*/*", "*/*", "*"):
+            for folder in (self._staging / CHECKPOINTS).glob(pattern):
+                with contextlib.suppress(OSError):  # it was published meanwhile, or isn't empty
+                    if time.time() - last_change(folder) >= limit_s:
+                        shutil.rmtree(folder) if pattern == "*/*/*" else folder.rmdir()
 
     def owned_by(self, instance: str) -> str:
         try:

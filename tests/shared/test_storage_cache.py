@@ -130,6 +130,10 @@ def test_staged_checkpoints_of_a_job_are_cleared_when_asked_or_after_a_day(store
         os.utime(path, (time.time() - 2 * DAY_S,) * 2)
     storage.clear_incoming(store.settings, 0)
     assert not folder.exists()
+    fence, job = folder.parent, folder.parent.parent
+    os.utime(fence, (time.time() - 2 * DAY_S,) * 2)
+    storage.clear_incoming(store.settings, 0)
+    assert not fence.exists() and job.exists(), "a folder that lost its last entry is as young as that"
     folder = stage(store.settings, fence=3)
     storage.clear_staging(store.settings, JOB)
     assert not folder.exists()

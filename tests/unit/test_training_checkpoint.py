@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there, whatever happens while one is written."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections import namedtuple
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shared import disk
+from shared.disk import swap
 from worker.training import checkpoint
 from worker.training.checkpoint import CorruptCheckpoint, FileRecord, Manifest, publish, verify
 from worker.training.failures import DiskFull
@@ -43,8 +46,6 @@ def test_a_published_checkpoint_verifies(published: Path) -> None:
 
 
 def test_the_reported_digest_is_that_of_the_manifest(tmp_path: Path) -> None:
-    import hashlib
-
     _, digest = publish(tmp_path / "4", write_two_files, expected_bytes=1, make_manifest=manifest)
     assert digest == hashlib.sha256((tmp_path / "4" / "manifest.json").read_bytes()).hexdigest()
 
@@ -122,11 +123,74 @@ def test_a_death_before_the_rename_leaves_only_garbage_with_a_telling_name(tmp_p
     verify(tmp_path / "4")
 
 
-def test_a_replayed_step_replaces_what_a_dead_attempt_published(published: Path) -> None:
-    publish(
-        published,
-        write_two_files,
+def publish_replay(folder: Path, write: Callable[[Path], None] = write_two_files) -> tuple[Manifest, str]:
+    """Publish the same step once more, as an attempt of another fence would."""
+    return publish(
+        folder,
+        write,
         expected_bytes=1,
         make_manifest=lambda files: manifest(files).model_copy(update={"fence": 3}),
     )
+
+
+def test_a_replayed_step_with_the_same_files_leaves_what_is_published_alone(published: Path) -> None:
+    identity = (published / "model.safetensors").stat().st_ino
+    found, digest = publish_replay(published)
+    assert found.fence == verify(published).fence == 2
+    assert digest == hashlib.sha256((published / "manifest.json").read_bytes()).hexdigest()
+    assert (published / "model.safetensors").stat().st_ino == identity
+    assert [path.name for path in published.parent.iterdir()] == ["4"]
+
+
+@pytest.mark.parametrize("can_swap", [True, False])
+@pytest.mark.parametrize("damage", [True, False])
+def test_a_replayed_step_replaces_a_damaged_or_different_one(
+    published: Path, monkeypatch: pytest.MonkeyPatch, damage: bool, can_swap: bool
+) -> None:
+    if not can_swap:  # as on network file systems
+        monkeypatch.setattr(checkpoint, "swap", lambda one, other: False)
+
+    def write_another(folder: Path) -> None:
+        write_two_files(folder)
+        (folder / "config.json").write_bytes(b'{"a": 1}')
+
+    if damage:
+        (published / "model.safetensors").write_bytes(b"cut")
+    found, digest = publish_replay(published, write_two_files if damage else write_another)
+    assert found == verify(published)
+    assert found.fence == 3
+    assert digest == hashlib.sha256((published / "manifest.json").read_bytes()).hexdigest()
+    assert [path.name for path in published.parent.iterdir()] == ["4"]
+
+
+def test_a_crash_while_a_step_is_replaced_leaves_a_whole_one(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed right after the swap: the name that rows know holds the new folder, and never nothing."""
+
+    def swap_and_die(one: Path, other: Path) -> bool:
+        if not swap(one, other):
+            os._exit(77)
+        os._exit(9)
+
+    (published / "config.json").unlink()
+    monkeypatch.setattr(checkpoint, "swap", swap_and_die)
+    child = os.fork()
+    if child == 0:
+        publish_replay(published)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 9, "this file system can't swap two folders"
     assert verify(published).fence == 3
+
+
+def test_a_new_folder_is_on_disk_before_anything_is_published_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = disk.sync
+
+    def remember(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(disk, "sync", remember)
+    publish_one(tmp_path / "job" / "2" / "4")
+    assert synced == [tmp_path, tmp_path / "job"]

@@ -1,6 +1,5 @@
 """Supervision with checkpoints and files in S3 (a real server on loopback) and hosts that share nothing else."""
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,11 @@ def test_a_job_goes_on_at_another_host_from_its_checkpoint_in_the_bucket(
 
 
 def test_checkpoints_wait_while_the_bucket_is_away_and_training_goes_on(
-    settings: Settings, submit: Callable[..., str], server: ThreadedMotoServer, bucket: str
+    settings: Settings,
+    submit: Callable[..., str],
+    server: ThreadedMotoServer,
+    bucket: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     job_id = submit(steps=20, save_steps=5, step_s=0.1)
     thread = in_thread(claim(settings), settings)
@@ -81,6 +84,7 @@ def test_checkpoints_wait_while_the_bucket_is_away_and_training_goes_on(
     again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     again.start()
     thread.join(60)
+    assert "waits for the storage" in caplog.text
     job = job_of(job_id)
     assert (job.status, job.fence, job.faults) == ("succeeded", 1, 0), job.error
     with reading() as session:
@@ -98,12 +102,8 @@ def test_garbage_in_the_bucket_is_collected_and_nothing_else(
     before = keys(bucket)
     garbage.collect(settings, "this database")
     client = boto3.client("s3")
-    for key in (
-        "files/file-x",
-        f"checkpoints/{job_id}/9/1/model.safetensors",
-        "checkpoints/ftjob-gone/1/1/manifest.json",
-    ):
+    doomed = ["files/file-x", f"checkpoints/{job_id}/9/1/model.safetensors", "checkpoints/ftjob-gone/1/1/manifest.json"]
+    for key in doomed:
         client.put_object(Bucket=bucket, Key=f"anneal/{key}", Body=b"garbage")
     assert garbage.collect(settings.model_copy(update={"garbage_age_s": 0}), "this database") == 3
     assert [key for key in keys(bucket) if not key.startswith(".")] == before
-    assert threading.active_count() < 50

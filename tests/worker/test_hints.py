@@ -1,0 +1,59 @@
+"""Hints that were lost are sent again by the sweep: as many as there is work for, and never without end."""
+
+import redis
+
+from shared import files, jobs
+from shared.db import transaction
+from shared.ids import new_id
+from shared.models import FileStatus
+from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES
+from shared.schemas import JobCreate
+from shared.settings import Settings
+from tests.worker.steps import BASE
+from worker.sweeper import MOST_HINTS, Sweeper
+
+
+def add_file(status: FileStatus) -> str:
+    file_id = new_id("file")
+    with transaction() as session:
+        files.create(
+            session,
+            file_id=file_id,
+            project_id="default",
+            filename="a.jsonl",
+            purpose="fine-tune",
+            size_bytes=1,
+            sha256="",
+            status=status,
+        )
+    return file_id
+
+
+def test_a_sweep_sends_the_hints_that_a_lost_broker_took_along(settings: Settings) -> None:
+    broker = redis.Redis.from_url(settings.resolved_redis_url)
+
+    def waiting() -> tuple[int, int]:
+        return int(broker.llen(QUEUE_OF[TRAIN])), int(broker.llen(QUEUE_OF[VALIDATE_FILES]))
+
+    broker.flushall()
+    sweeper = Sweeper(settings)
+    sweeper.sweep()
+    assert waiting() == (0, 0), "nothing to do, nothing to say"
+    file_id = add_file(FileStatus.PROCESSED)
+    add_file(FileStatus.UPLOADED)
+    request = JobCreate.model_validate({"model": BASE, "training_file": file_id})
+    for _ in range(3):
+        with transaction() as session:
+            jobs.submit(session, "default", request)
+    sweeper.sweep()
+    assert waiting() == (3, 1)
+    sweeper.sweep()
+    assert waiting() == (3, 1), "they are on their way already"
+    broker.flushall()  # as a broker does that is killed with its data
+    sweeper.sweep()
+    assert waiting() == (3, 1)
+    for _ in range(MOST_HINTS):
+        with transaction() as session:
+            jobs.submit(session, "default", request)
+    sweeper.sweep()
+    assert waiting() == (MOST_HINTS, 1)
