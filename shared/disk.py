@@ -8,6 +8,8 @@ import errno
 import os
 from pathlib import Path
 
+SYNCED_LEVELS = 4
+"""checkpoints/<job>/<fence> and the storage around it; syncing what is on disk already costs next to nothing."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -24,14 +26,14 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents as needed, each of them on disk before this returns."""
-    missing = []
-    while not folder.is_dir():
-        missing.append(folder)
-        folder = folder.parent
-    for new in reversed(missing):
-        new.mkdir(exist_ok=True)  # somebody else may be making it too
-        sync(new.parent)
+    """Make a folder and its parents as needed; it is on disk when this returns, and so are those around it.
+
+    Whether or not they were there: whoever made them may have died, or failed, before the entry was on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder, *folder.parents)[:SYNCED_LEVELS]:
+        if made != made.parent:
+            sync(made.parent)
 
 
 def swap(one: Path, other: Path) -> bool:

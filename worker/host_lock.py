@@ -20,6 +20,7 @@ import psutil
 EVICTION_LIMIT_S = 30.0
 """How long a trainer that was sent SIGKILL may take to vanish: the kernel may be writing its memory to a device."""
 PAUSE_S = 0.05
+NOTE_BYTES = 64
 
 
 class LockHeld(Exception):
@@ -55,7 +56,8 @@ class HostLock:
                 if time.monotonic() > deadline:
                     raise LockHeld(f"{path} is held by {_read(descriptor) or 'an unknown process'}")
                 time.sleep(PAUSE_S)
-            os.ftruncate(descriptor, 0)
+            # Room for what `give_to` will note: a disk that is full must say so before the trainer runs, not after.
+            os.pwrite(descriptor, b" " * NOTE_BYTES, 0)
         except BaseException:
             os.close(descriptor)
             raise
@@ -64,7 +66,7 @@ class HostLock:
     def give_to(self, pid: int) -> None:
         """Note who holds it from now on, and let go of our own copy."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            os.pwrite(self.descriptor, f"{pid} {psutil.Process(pid).create_time()!r}".encode(), 0)
+            os.pwrite(self.descriptor, f"{pid} {psutil.Process(pid).create_time()!r}".ljust(NOTE_BYTES).encode(), 0)
         self.close()
 
     def close(self) -> None:
@@ -82,7 +84,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def _read(descriptor: int) -> str:
-    return os.pread(descriptor, 100, 0).decode(errors="replace")
+    return os.pread(descriptor, NOTE_BYTES, 0).decode(errors="replace").strip()
 
 
 def _end_holder(descriptor: int) -> None:

@@ -61,7 +61,7 @@ class TrainerProcess:
         claim_lost: threading.Event,
         command: tuple[str, ...] | None = None,
     ) -> None:
-        self._log_file = log_path.open("ab")  # first: nothing may fail once the child runs
+        self._log_file = log_path.open("ab", buffering=0)  # first: nothing may fail once the child runs
         protocol_reader, protocol_writer = os.pipe()
         log_reader, log_writer = os.pipe()
         environment = trainer_environment(os.environ)
@@ -86,7 +86,15 @@ class TrainerProcess:
         finally:
             os.close(protocol_writer)
             os.close(log_writer)
-        lock.give_to(self._process.pid)
+        try:
+            lock.give_to(self._process.pid)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            os.close(protocol_reader)
+            os.close(log_reader)
+            self._log_file.close()
+            raise
         for descriptor in (protocol_reader, log_reader):
             os.set_blocking(descriptor, False)
         self._leash = _Leash(self._process, spec.model_dump_json().encode() + b"\n", claim_lost)
@@ -207,8 +215,8 @@ class TrainerProcess:
             self._selector.unregister(self._log)
             return
         if self._log_bytes < MAX_LOG_BYTES:
-            self._log_file.write(chunk)
-            self._log_file.flush()
+            with contextlib.suppress(OSError):  # a disk too full for a log is no reason to end a run
+                self._log_file.write(chunk)
             self._log_bytes += len(chunk)
         *lines, self._partial_log = (self._partial_log + chunk).split(b"\n")
         self._partial_log = self._partial_log[-MAX_LINE_BYTES:]

@@ -193,4 +193,14 @@ def test_a_new_folder_is_on_disk_before_anything_is_published_in_it(
 
     monkeypatch.setattr(disk, "sync", remember)
     publish_one(tmp_path / "job" / "2" / "4")
-    assert synced == [tmp_path, tmp_path / "job"]
+    assert {tmp_path, tmp_path / "job"} <= set(synced)
+
+
+def test_a_folder_that_a_dead_process_made_is_synced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job" / "2").mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "sync", synced.append)
+    disk.make_folder(tmp_path / "job" / "2")
+    assert {tmp_path, tmp_path / "job"} <= set(synced)

@@ -68,7 +68,8 @@ class Leash(threading.Thread):
 
 def _end(why: str) -> None:
     # SIGKILL, and the group: an orderly exit could wait for the GPU, and children must not live on.
-    os.write(2, f"trainer ends: {why}\n".encode())
+    if select.select([], [2], [], 0)[1]:  # a full log must not keep us alive
+        os.write(2, f"trainer ends: {why}\n".encode())
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
