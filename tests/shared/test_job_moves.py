@@ -91,16 +91,23 @@ def test_a_lease_is_renewed_by_the_claim_that_has_it_and_by_no_earlier_one() -> 
 @pytest.mark.usefixtures("settings")
 def test_a_host_whose_clock_is_an_hour_off_takes_a_lease_like_everybody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     right = time.time
+
+    def left_s(job: Job) -> float:
+        with reading() as session:
+            until = session.get_one(Job, job.id).lease_until
+            assert until is not None
+            return until - clock(session)
+
     for error_s in (-3600, 3600):
         with monkeypatch.context() as patch:
             patch.setattr(time, "time", lambda error_s=error_s: right() + error_s)
             job = claimed_job()
+            assert LEASE_S - 10 < left_s(job) <= LEASE_S
             with transaction() as session:
-                jobs.renew_lease(session, job.id, job.fence, LEASE_S)
+                jobs.renew_lease(session, job.id, job.fence, 2 * LEASE_S)
+            assert 2 * LEASE_S - 10 < left_s(job) <= 2 * LEASE_S
+            with transaction() as session:
                 assert jobs.expire_leases(session, 3) == []
-        with reading() as session:
-            until = session.get_one(Job, job.id).lease_until
-            assert until is not None and LEASE_S - 10 < until - clock(session) <= LEASE_S
 
 
 @pytest.mark.usefixtures("settings")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.training_spec import Resolved
-from tests.training.conftest import MakeSpec, Outcome, write_jsonl
+from tests.training.conftest import MakeSpec, Outcome
+from tests.training.tiny_llama import write_jsonl
 from worker.training import data, head, resolve, templates
 from worker.training.resolve import Hardware
 

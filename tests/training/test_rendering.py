@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from shared.training_data import Conversation, read_conversations
-from tests.training.conftest import SMOLLM2_TEMPLATE, write_jsonl
+from tests.training.tiny_llama import SMOLLM2_TEMPLATE, write_jsonl
 from worker.training import data, templates
 from worker.training.failures import BadTemplate, BadTrainingFile
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import MakeSpec, Outcome, TrainerProcess, run_process
+from tests.training.conftest import MakeSpec
+from tests.training.trainers import Outcome, TrainerProcess, run_process
 from worker.training.checkpoint import MANIFEST, verify
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,325 @@
+"""One campaign: the service, its clients and its faults, from the first start to the verdict."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from shared.models import TERMINAL, Checkpoint, Job, JobStatus
+from shared.settings import Settings
+from tests.campaign import loads, procfs, recovery
+from tests.campaign import plan as plans
+from tests.campaign.chat import Chatter
+from tests.campaign.clients import JobClients, Notebook
+from tests.campaign.evidence import Evidence, collect, compare_storage, engine_of
+from tests.campaign.faults import Injector
+from tests.campaign.plan import JobPlan
+from tests.campaign.postgres import Postgres
+from tests.campaign.service import REPOSITORY, Service
+from tests.campaign.toy_trainer import JOURNAL
+from tests.campaign.verdict import Finding, Known, chats_wrong, judge
+from tests.campaign.watch import Watch
+
+TICK_S = 0.02
+UNRIPE_SHARE = 0.3
+"""Of the faults strike at any moment, with a trainer that takes long to start too."""
+COLLECTED_WITHIN_S = 120.0
+ANSWERS_AGAIN_WITHIN_S = 90.0
+LEFT_WITHIN_S = 10.0
+CHAT_DEADLINE_S = 15.0
+CHAT_LIMIT_S = CHAT_DEADLINE_S + 20
+"""A question may be late by as long as the API was stopped."""
+
+
+@dataclass(frozen=True)
+class Options:
+    seed: int
+    faults: int = 200
+    jobs: int = 150
+    database: str = "sqlite"
+    trainer: str = "toy"
+    lease_s: float = 4
+    mean_wait_s: float | None = None
+    """Between two faults; None: what suits the trainer."""
+    minutes: float = 60
+    generate: bool = True
+    garbage_age_s: float = 40
+    """More than a process may stand still and then wait for SQLite: until then bytes may still get their row."""
+
+
+class Campaign:
+    """Make it, `run` it, read what it found."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self.options = options
+        self.folder = Path(tempfile.mkdtemp(prefix="anneal-campaign-"))
+        self.folder.chmod(0o755)  # PostgreSQL may run as another user
+        self.notebook = Notebook()
+        self.evidence = Evidence((), ())
+        self.findings: list[Finding] = []
+        self.times_s: dict[str, float] = {}
+        self.began = time.time()
+        self._say = say
+        self._plans: dict[int, JobPlan] = {}
+        self._looked_for_ripe_at = 0.0
+        self.load = loads.LOADS[options.trainer](options.seed)
+        self._postgres = Postgres(self.folder / "postgres") if options.database == "postgresql" else None
+        environment = self._environment()
+        self.settings = settings_of(environment)
+        self.database_url = self.settings.resolved_database_url
+        pace, toy = self.load.pace, options.trainer == "toy"
+        roles = {"train": pace.train_workers, "batch": 1, "sweep": 2, "generate": int(options.generate)}
+        self.service = Service(self.settings, environment, self.folder / "logs", roles, toy=toy)
+        self.injector = Injector(self.service, self._postgres, self.folder / "faults.jsonl", self.database_url)
+        self.watch = Watch(self.settings.run_dir)
+        self.chatter = Chatter(self.service.url) if options.generate else None
+        self.clients = JobClients(
+            self.service.url,
+            self._plan,
+            self.notebook,
+            clients=max(2, pace.train_workers - 1),
+            at_least=options.jobs,
+            patience_s=pace.patience_s,
+        )
+
+    def run(self) -> None:
+        """All of it; `findings` then holds what must not have been."""
+        try:
+            (self.folder / "journal").mkdir()
+            self.load.prepare(self.folder, self._say, loadable=self.options.generate)
+            self.service.start(self._postgres)
+            self._mark("started")
+            self.clients.start()
+            if self.chatter is not None:
+                self.chatter.start()
+            self._strike()
+            self.clients.stop()
+            self.injector.finish()
+            self._mark("struck")
+            self._settle()
+            self._mark("settled")
+            self._answers_again()
+            self._wait_for_collection()
+            stubborn = self.service.stop("train", "batch", "api", "generate", "sweep")
+            leftovers = self._leftovers()
+            evidence = collect(self.database_url, self.settings, self.folder / "journal")
+            self.evidence = dataclasses.replace(evidence, leftovers=tuple(leftovers))
+            engine_of(self.database_url).dispose()
+            stubborn += self.service.stop("valkey", "postgres")
+            self._judge(stubborn)
+            self._mark("judged")
+        finally:
+            self.injector.finish()
+            self.service.kill()
+
+    def recoveries(self) -> list[recovery.Recovery]:
+        injector = self.injector
+        return recovery.recoveries(self.evidence.jobs, injector.faults, self.settings, injector.locking)
+
+    def clean_up(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        options = self.options
+        values = {
+            "DATA": str(self.folder / "data"),
+            "PORT": "0",
+            "MODELS_DIR": str(self.folder / "models"),
+            "HUB_OFFLINE": "true",
+            "LEASE_S": f"{options.lease_s:g}",
+            "HEARTBEAT_S": f"{options.lease_s / 4:g}",
+            "POLL_S": "0.2",
+            "RETRY_DELAY_S": "0",
+            "MAX_ATTEMPTS": "12",
+            "MAX_FAULTS": "200",
+            "TRAINER_SILENT_S": f"{self.load.pace.trainer_silent_leases * options.lease_s:g}",
+            "TRAINER_STOP_S": "2",
+            "DEPLOY_STOP_S": "5",
+            "GARBAGE_AGE_S": f"{options.garbage_age_s:g}",
+            "INLINE_VALIDATION_BYTES": str(plans.INLINE_VALIDATION_BYTES),
+            "GENERATION_DEADLINE_S": f"{CHAT_DEADLINE_S:g}",
+            "CAMPAIGN_JOURNAL": str(self.folder / "journal"),
+        }
+        if self._postgres is not None:
+            values["DATABASE_URL"] = self._postgres.url
+        ours = {f"ANNEAL_{name}": value for name, value in values.items()}
+        assert JOURNAL in ours
+        theirs = {name: value for name, value in os.environ.items() if not name.startswith("ANNEAL_")}
+        return {**theirs, **ours, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+
+    def _plan(self, index: int) -> JobPlan:
+        self._plans[index] = self.load.job(index)
+        return self._plans[index]
+
+    def _strike(self) -> None:
+        """Faults until there were enough, of jobs too."""
+        options = self.options
+        weights = {**plans.FAULTS, **(plans.POSTGRESQL_FAULTS if self._postgres is not None else {})}
+        if not options.generate:
+            weights = {kind: weight for kind, weight in weights.items() if kind[1] != "generate"}
+        planned = plans.faults(
+            options.seed,
+            lease_s=options.lease_s,
+            mean_wait_s=options.mean_wait_s or self.load.pace.mean_wait_s,
+            weights=weights,
+        )
+        ends_at = time.monotonic() + options.minutes * 60
+        for fault in planned:
+            self._pause(fault.wait_s)
+            if fault.choice > UNRIPE_SHARE:
+                self._wait(self._is_ripe, min(ends_at, time.monotonic() + self.load.pace.ripe_s))
+            if fault.is_alone:
+                self._wait(lambda: self.injector.is_calm, ends_at)
+            struck = self.injector.inject(fault)
+            while struck is None and fault.is_alone and time.monotonic() < ends_at:
+                self._tend()  # it must hit a run
+                struck = self.injector.inject(fault) if self.injector.is_calm else None
+            if struck is not None:
+                self.watch.expect_gone(struck)
+                if struck.number % 25 == 0:
+                    self._say(f"{struck.number} faults, {len(self.notebook.submitted)} jobs sent")
+            if fault.is_alone:
+                self._pause(recovery.LIMIT_LEASES * options.lease_s)
+            if len(self.injector.faults) >= options.faults or time.monotonic() >= ends_at:
+                return
+
+    def _pause(self, pause_s: float) -> None:
+        ends_at = time.monotonic() + pause_s
+        self._wait(lambda: False, ends_at)
+
+    def _wait(self, until: Callable[[], bool], ends_at: float) -> None:
+        while not until() and time.monotonic() < ends_at:
+            self._tend()
+
+    def _is_ripe(self) -> bool:
+        """Whether some run has published a checkpoint of its own. Looks twice a second."""
+        if time.monotonic() - self._looked_for_ripe_at < 0.5:
+            return False
+        self._looked_for_ripe_at = time.monotonic()
+        ripe = select(Job.id).join(Checkpoint, Checkpoint.job_id == Job.id)
+        ripe = ripe.where(Job.status == JobStatus.RUNNING, Checkpoint.fence == Job.fence, Checkpoint.resumable)
+        try:
+            with Session(engine_of(self.database_url)) as session:
+                return session.scalar(ripe.limit(1)) is not None
+        except SQLAlchemyError:
+            return False
+
+    def _tend(self) -> None:
+        self.service.tend()
+        self.injector.tend()
+        self.watch.look()
+        time.sleep(TICK_S)
+
+    def _settle(self) -> None:
+        """Until every job has ended and every client knows, or nothing has changed for long."""
+        before: tuple[int, float] | None = None
+        changed_at = looked_at = time.monotonic()
+        while not self.clients.is_done or self._open_jobs() != 0:
+            self._tend()
+            now = time.monotonic()
+            if now - looked_at < 1:
+                continue
+            looked_at = now
+            state = self._state()
+            if state is not None and state != before:
+                before, changed_at = state, now
+            if now - changed_at > self.load.pace.stalled_s:
+                return
+
+    def _state(self) -> tuple[int, float] | None:
+        try:
+            with Session(engine_of(self.database_url)) as session:
+                count, updated = session.execute(select(func.count(), func.max(Job.updated_at)).select_from(Job)).one()
+                return int(count), float(updated or 0)
+        except SQLAlchemyError:
+            return None
+
+    def _open_jobs(self) -> int | None:
+        try:
+            with Session(engine_of(self.database_url)) as session:
+                return session.scalar(select(func.count()).select_from(Job).where(Job.status.not_in(TERMINAL)))
+        except SQLAlchemyError:
+            return None
+
+    def _answers_again(self) -> None:
+        if self.chatter is None:
+            return
+        began, deadline = time.time(), time.monotonic() + ANSWERS_AGAIN_WITHIN_S
+        while not any(chat.outcome == "answer" and chat.asked_at > began for chat in self.chatter.chats[-20:]):
+            if time.monotonic() > deadline:
+                what = f"no answer within {ANSWERS_AGAIN_WITHIN_S:g} s after the last fault"
+                self.findings.append(Finding("chat_wrong", "generator", what))
+                break
+            self._tend()
+        self.chatter.stop()
+        while self.chatter.thread.is_alive():
+            self._tend()
+
+    def _wait_for_collection(self) -> None:
+        """What no row names must be collected by itself; the verdict names what is left."""
+        deadline = time.monotonic() + COLLECTED_WITHIN_S
+        while time.monotonic() < deadline:
+            if not any(compare_storage(self.database_url, self.settings)):
+                return
+            for _ in range(25):
+                self._tend()
+
+    def _leftovers(self) -> list[str]:
+        deadline = time.monotonic() + LEFT_WITHIN_S
+        stores = {m.process.pid for m in self.service.members if m.process is not None}
+        while True:
+            left = [seen for seen in procfs.of_service(self.settings.data) if seen.process.pid not in stores]
+            if not left or time.monotonic() > deadline:
+                return [f"process {seen.process.pid} in state {seen.state}" for seen in left]
+            time.sleep(0.1)
+
+    def _judge(self, stubborn: list[str]) -> None:
+        known = Known(
+            plans=self._plans,
+            references=self.load.reference,
+            submitted=self.notebook.submitted,
+            followed=self.notebook.followed,
+            damages=self.injector.damages,
+        )
+        found = self.findings
+        done = (len(self.injector.faults), len(self.evidence.jobs))
+        if done[0] < self.options.faults or done[1] < self.options.jobs:
+            found.append(Finding("incomplete", "campaign", f"{done[0]} faults and {done[1]} jobs are too few"))
+        found += [Finding("internal_error", "client", what) for what in self.notebook.internal_errors]
+        found += judge(self.evidence, known)
+        found += [Finding("stuck", name, "it did not obey SIGTERM in time") for name in stubborn]
+        found += [Finding("stuck", "deploy", what) for what in self.injector.stuck_deploys]
+        found += [Finding("two_trainers", "processes", what) for what in self.watch.pairs]
+        found += [Finding("orphan", "processes", what) for what in self.watch.orphans]
+        found += [Finding("refused", "client", what) for what in self.notebook.refusals]
+        if self.chatter is not None:
+            found += chats_wrong(self.chatter.chats, CHAT_LIMIT_S)
+        share = recovery.percentile(
+            [one.seconds / one.limit_s for one in self.recoveries() if one.is_undisturbed], 0.99
+        )
+        if share >= 1:
+            found.append(Finding("slow_recovery", "undisturbed", f"p99 is {share:.2f} times the limit"))
+
+    def _mark(self, what: str) -> None:
+        self.times_s[what] = round(time.time() - self.began, 1)
+        self._say(f"{what} after {self.times_s[what]:.0f} s")
+
+
+def settings_of(environment: dict[str, str]) -> Settings:
+    """The settings a process with that environment has; ours is not looked at."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        return Settings()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

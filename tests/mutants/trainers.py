@@ -1,0 +1,88 @@
+"""Guards of trainers: how they end, and what ends a run."""
+
+from tests.mutants.checks import pytest
+from tests.mutants.guard import guard
+
+SUPERVISOR = "tests/worker/test_supervisor.py"
+DEPLOY = f"{SUPERVISOR}::test_a_worker_that_shuts_down_saves_and_gives_the_job_back"
+BONDS = "tests/worker/test_bonds.py"
+
+TRAINER = (
+    guard(
+        "parent-death signal",
+        "worker/lifecycle.py",
+        "    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:\n",
+        "    if False:\n",
+        pytest("tests/worker/test_trainer_group.py::test_a_trainer_that_was_stopped_dies_with_its_killed_supervisor"),
+    ),
+    guard(
+        "leash",
+        "worker/training/leash.py",
+        "            elif now - heard_at > self._leash_s",
+        "            elif False",
+        pytest(f"{BONDS}::test_a_trainer_of_a_stopped_supervisor_ends_before_the_lease_could"),
+    ),
+    guard(
+        "a lost claim drops the leash",
+        "worker/trainer_process.py",
+        "            while not self._stopped.wait(ALIVE_EVERY_S) and not self._claim_lost.is_set():\n",
+        "            while not self._stopped.wait(ALIVE_EVERY_S):\n",
+        pytest(f"{BONDS}::test_a_trainer_whose_claim_is_lost_ends_itself_while_its_supervisor_is_busy"),
+    ),
+    guard(
+        "signs of life",
+        "worker/supervisor.py",
+        "                if time.monotonic() - trainer.heard_at > self._settings.trainer_silent_s:\n",
+        "                if False:\n",
+        pytest(f"{BONDS}::test_a_trainer_that_was_stopped_is_killed_and_its_job_goes_on", limit_s=90, hang_counts=True),
+    ),
+    guard(
+        "host lock",
+        "worker/host_lock.py",
+        "                _end_holder(descriptor)\n",
+        "",
+        pytest(f"{BONDS}::test_a_new_supervisor_ends_the_stopped_trainer_of_an_earlier_claim"),
+    ),
+    guard(
+        "the whole group is killed",
+        "worker/trainer_process.py",
+        "            os.killpg(group, signal.SIGKILL)\n",
+        "            os.kill(group, signal.SIGKILL)\n",
+        pytest("tests/worker/test_trainer_group.py::test_what_a_trainer_started_is_gone_once_it_was_killed"),
+    ),
+    guard(
+        "SIGTERM asks for a checkpoint",
+        "worker/training/stopping.py",
+        "        signal.signal(signal.SIGTERM, self._interrupt)\n",
+        "",
+        pytest(DEPLOY),
+    ),
+    guard(
+        "a deploy reaches the trainer",
+        "worker/supervisor.py",
+        "                    trainer.send(signal.SIGTERM)\n",
+        "                    pass\n",
+        pytest(DEPLOY, limit_s=90, hang_counts=True),
+    ),
+    guard(
+        "a deaf trainer is killed",
+        "worker/supervisor.py",
+        "            if deadline is not None and time.monotonic() > deadline:\n",
+        "            if False:\n",
+        pytest(f"{SUPERVISOR}::test_a_trainer_deaf_to_signals_is_killed", limit_s=90, hang_counts=True),
+    ),
+    guard(
+        "a loss that is not finite ends the run",
+        "worker/training/callbacks.py",
+        "        if math.isfinite(loss) and (math.isfinite(norm) or not norm_matters):\n",
+        "        if True:\n",
+        pytest("tests/training/test_engine.py::test_a_loss_that_is_not_finite_ends_the_run_as_diverged"),
+    ),
+    guard(
+        "a rung keeps the batch",
+        "worker/training/ladder.py",
+        '{**kept, "micro_batch_size": smaller, "gradient_accumulation_steps": batch // smaller}',
+        '{**kept, "micro_batch_size": smaller}',
+        pytest("tests/unit/test_training_ladder.py::test_micro_batches_shrink_first_and_the_batch_never_changes"),
+    ),
+)
