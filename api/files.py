@@ -12,7 +12,7 @@ from sqlalchemy import select
 from api.deps import Caller, OutboxDep, SettingsDep
 from api.paging import After, Limit, page
 from shared import files, storage, training_data
-from shared.db import reading, transaction
+from shared.db import UNAVAILABLE, reading, transaction
 from shared.errors import BadRequest, NotFound
 from shared.ids import new_id
 from shared.models import File, FileStatus
@@ -78,6 +78,8 @@ def create_file(
                 format=summary.format if summary else None,
                 rows=summary.rows if summary else None,
             )
+    except UNAVAILABLE:
+        raise  # the commit may yet take effect; if it does not, the sweep finds the bytes
     except BaseException:
         files.discard_bytes(settings, file_id)
         raise

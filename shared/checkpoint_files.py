@@ -84,13 +84,14 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         CorruptCheckpoint: there is none, or it is not a manifest.
+        OSError: it can't be read just now, which says nothing about the checkpoint.
     """
     try:
         return parse_manifest((path / MANIFEST).read_bytes(), path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingCheckpoint(f"{path} has no {MANIFEST}: it was never published") from error
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path / MANIFEST} can't be read: {error}") from error
+    except IsADirectoryError as error:
+        raise CorruptCheckpoint(f"{path / MANIFEST} is a folder") from error
 
 
 def parse_manifest(content: bytes, where: object) -> Manifest:

@@ -7,6 +7,7 @@ The transaction that settles a file moves the jobs that wait for it on. An inval
 line number and leaves no row.
 """
 
+from collections.abc import Collection
 from contextlib import suppress
 
 from sqlalchemy import select, update
@@ -103,11 +104,10 @@ def discard_bytes(settings: Settings, file_id: str) -> None:
             storage.delete_file(settings, file_id)
 
 
-def next_unchecked(session: Session) -> File | None:
-    """The oldest file that waits for `worker batch`."""
-    return session.scalar(
-        select(File).where(File.status == FileStatus.UPLOADED).order_by(File.created_at, File.id).limit(1)
-    )
+def next_unchecked(session: Session, besides: Collection[str] = ()) -> File | None:
+    """The oldest file that waits for `worker batch`, other than these."""
+    waiting = select(File).where(File.status == FileStatus.UPLOADED, File.id.not_in(besides))
+    return session.scalar(waiting.order_by(File.created_at, File.id).limit(1))
 
 
 def settle_valid(session: Session, file_id: str, format: str, rows: int) -> None:

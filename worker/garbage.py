@@ -29,12 +29,14 @@ def collect(settings: Settings, instance: str) -> int:
     Args:
         instance: the database's name, from its sweep row.
     """
-    owner = storage.owned_by(settings, instance)
+    owner = storage.owner(settings)
+    if owner is None and _may_claim(settings):
+        owner = storage.owned_by(settings, instance)
     if owner != instance:
         log.error(
             "the storage belongs to the database %s and not to this one (%s): nothing is collected. If the database "
-            "was replaced on purpose, remove the file `.owner` from the storage",
-            owner,
+            "was replaced on purpose, write this one's name into the file `.owner` of the storage",
+            owner or "nobody here knows",
             instance,
         )
         return 0
@@ -51,6 +53,20 @@ def collect(settings: Settings, instance: str) -> int:
         storage.delete_tree(settings, location)
         removed += 1
     return removed
+
+
+def _may_claim(settings: Settings) -> bool:
+    """Whether a storage without a name may be this database's: it is empty, or some of what it holds is known here."""
+    file_ids = [file_id for file_id, _ in storage.list_files(settings)]
+    jobs = {location.split("/")[1] for location, _ in storage.list_checkpoints(settings)}
+    if not file_ids and not jobs:
+        return True
+    batches = iter(file_ids)
+    while batch := list(islice(batches, BATCH)):
+        if len(_without_row(batch)) < len(set(batch)):
+            return True
+    with reading() as session:
+        return any(session.get(Job, job_id) is not None for job_id in jobs)
 
 
 def _without_row(file_ids: list[str]) -> set[str]:

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Self
 
-import psutil
-
 EVICTION_LIMIT_S = 30.0
 """How long a trainer that was sent SIGKILL may take to vanish: the kernel may be writing its memory to a device."""
 PAUSE_S = 0.05
@@ -65,8 +63,8 @@ class HostLock:
 
     def give_to(self, pid: int) -> None:
         """Note who holds it from now on, and let go of our own copy."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            os.pwrite(self.descriptor, f"{pid} {psutil.Process(pid).create_time()!r}".ljust(NOTE_BYTES).encode(), 0)
+        with contextlib.suppress(FileNotFoundError):
+            os.pwrite(self.descriptor, f"{pid} {_birth(pid)}".ljust(NOTE_BYTES).encode(), 0)
         self.close()
 
     def close(self) -> None:
@@ -90,10 +88,19 @@ def _read(descriptor: int) -> str:
 def _end_holder(descriptor: int) -> None:
     """Kill the group of the trainer named in the file, if that number is still the process it was."""
     try:
-        pid, created = _read(descriptor).split()
-        holder = psutil.Process(int(pid))
-        if holder.create_time() != float(created):
-            return
-        os.killpg(holder.pid, signal.SIGKILL)
-    except (ValueError, psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+        pid, born = _read(descriptor).split()
+        if _birth(int(pid)) == born:
+            os.killpg(int(pid), signal.SIGKILL)
+    except (ValueError, FileNotFoundError, ProcessLookupError, PermissionError):
         return  # nobody yet, or no longer
+
+
+def _birth(pid: int) -> str:
+    """What tells this process from a later one of the same number: clock ticks after the boot, and which boot it was.
+
+    Not a time of day: the host's clock may be set meanwhile.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    ticks = stat.rpartition(")")[2].split()[19]  # field 22; the name in parentheses may hold anything
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    return f"{ticks}-{boot}"

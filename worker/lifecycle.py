@@ -8,6 +8,7 @@ import ctypes
 import os
 import select
 import signal
+import time
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -43,3 +44,24 @@ class Shutdown:
 
 
 shutdown = Shutdown()
+
+_survivor: int | None = None
+QUARANTINE_LOOK_S = 5.0
+
+
+def quarantine(group: int) -> None:
+    """Note a process group that outlived SIGKILL, stuck in a driver perhaps, and still holding the GPU."""
+    global _survivor
+    _survivor = group
+
+
+def wait_out_quarantine() -> None:
+    """Return once there is no such group. Meanwhile this worker's one slot is taken: it claims and consumes nothing."""
+    global _survivor
+    while _survivor is not None and not shutdown.is_set():
+        try:
+            os.killpg(_survivor, 0)
+        except (ProcessLookupError, PermissionError):
+            _survivor = None
+        else:
+            time.sleep(QUARANTINE_LOOK_S)

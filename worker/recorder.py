@@ -87,9 +87,15 @@ class Recorder:
                 self._waiting.popleft()
             self._publisher.publish(written)
             for location in doomed:
-                with contextlib.suppress(AppError, OSError):  # garbage from now on, which the sweep removes
-                    storage.delete_tree(self._settings, location)
+                if self._settings.storage_is_folder:
+                    self._delete(location)
+                else:  # which may hang for minutes
+                    self._storing_thread.submit(self._delete, location)
         return True
+
+    def _delete(self, location: str) -> None:
+        with contextlib.suppress(AppError, OSError):  # garbage from now on, which the sweep removes
+            storage.delete_tree(self._settings, location)
 
     def publish(self, written: list[EventRow]) -> None:
         self._publisher.publish(written)
@@ -226,8 +232,8 @@ def _store(settings: Settings, message: Checkpoint) -> str | None:
         return None
     try:
         return storage.publish_checkpoint(settings, folder)
-    except storage.AlreadyPublished as error:
-        log.error("checkpoint %s: %s", message.path, error.message)
+    except (storage.AlreadyPublished, CorruptCheckpoint) as error:
+        log.error("checkpoint %s: %s", message.path, error)
         return None
 
 

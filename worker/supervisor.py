@@ -15,6 +15,7 @@ import logging
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -27,7 +28,7 @@ from shared.disk import make_folder
 from shared.errors import AppError
 from shared.models import Job
 from shared.settings import Settings
-from shared.trainer_protocol import Alive, Done, Failed, Message, Stopped, parse
+from shared.trainer_protocol import Alive, Done, Failed, Message, Started, Stopped, parse
 from shared.training_spec import TrainingSpec
 from worker import lifecycle, memory
 from worker.host_lock import HostLock, LockHeld
@@ -41,6 +42,8 @@ from worker.training import ladder
 log = logging.getLogger(__name__)
 
 TICK_S = 0.2
+UNSTORED_LIMIT_S = 600.0
+"""How long a run that is over holds its worker while a storage out of reach takes nothing."""
 
 
 def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | None = None) -> None:
@@ -73,8 +76,8 @@ def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | N
         log.warning("%s; its results are left to the new owner", error)
     except TrainerSurvives as error:
         # Unsettled on purpose: its lease runs out, and by then a restarted worker or another one takes it.
-        log.critical("%s: %s; this worker stops claiming", job.id, error)
-        lifecycle.shutdown.set()
+        log.critical("%s: %s; this worker claims nothing until it is gone", job.id, error)
+        lifecycle.quarantine(error.group)
     except Exception:
         log.exception("%s could not be settled; the sweep will take it when its lease runs out", job.id)
 
@@ -93,8 +96,11 @@ class _Run:
         self._folder = RunFolder(settings, job.id, job.fence)
         self._checkpoint_dir = storage.staging_dir(settings, job.id, job.fence)
         self._leash_s = settings.lease_s / 2  # shorter than what is left of a lease when a heartbeat fails to come
-        self._stood_still_s = 0.0
-        self._silenced = False
+        self._looks_s: deque[float] = deque([0.0], maxlen=3)
+        """How long the last rounds of the loop took; a long one means that this process stood still."""
+        self._silenced = self._overdue = False
+        self._resolved: dict[str, object] | None = None
+        """Of this attempt, once its trainer has said so."""
         self._trainer: TrainerProcess | None = None
 
     def execute(self, lease: LeaseKeeper) -> None:
@@ -103,8 +109,8 @@ class _Run:
         prepared = Preparation(self._job, self._training, self._base_model, self._folder, self._settings, self._write)
         with HostLock.acquire(self._folder.lock) as lock:
             storage.clear_staging(self._settings, self._job.id)  # no trainer of this job runs here now
+            data_files = prepared.files()  # first: without them the storage is the wrong one, and says nothing
             base_dir = prepared.base_dir()
-            data_files = prepared.files()
             resume_from, complete = prepared.resume_point()
             if complete:
                 self._succeed(self._job.total_steps)  # the run had ended; only its settlement was lost
@@ -119,7 +125,9 @@ class _Run:
         try:
             outcome = self._follow(self._trainer, lease)
             self._trainer.kill()
-            if outcome is None and self._trainer.exit_status() == -signal.SIGKILL and memory.kills() > memory_kills:
+            ours = self._silenced or self._overdue
+            killed = outcome is None and not ours and self._trainer.exit_status() == -signal.SIGKILL
+            if killed and memory.kills() > memory_kills:
                 outcome = memory.KILLED
             self._settle(outcome, lease)
         finally:
@@ -144,7 +152,7 @@ class _Run:
                     break
             self._recorder.flush()
             # A trainer that died of its leash did so because of us.
-            self._stood_still_s = max(self._stood_still_s, time.monotonic() - looked_at)
+            self._looks_s.append(time.monotonic() - looked_at)
             looked_at = time.monotonic()
             if lease.lost.is_set():
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
@@ -159,13 +167,24 @@ class _Run:
                     deadline = time.monotonic() + self._settings.deploy_stop_s
             if deadline is not None and time.monotonic() > deadline:
                 log.warning("trainer of %s did not stop in time; killing it", self._job.id)
+                self._overdue = True
                 trainer.kill()
         if watching:
             trainer.unwatch(lifecycle.shutdown.fileno())
         verdict = self._take(trainer.drain()) or verdict
-        while not self._recorder.flush():  # a checkpoint is hashed, or the database is away: the end waits for it
+        began = time.monotonic()
+        while not self._recorder.flush():  # a checkpoint is on its way, or the database is away: the end waits for it
             if lease.lost.wait(TICK_S):
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
+            waited_s = time.monotonic() - began
+            if lease.cancel_requested.is_set():
+                return verdict  # nobody wants it any more
+            if lifecycle.shutdown.is_set() and waited_s > self._settings.deploy_stop_s:
+                return None  # given back; the next worker finds the checkpoint before
+            if waited_s > UNSTORED_LIMIT_S:
+                raise storage.StorageUnavailable(
+                    f"what the trainer published could not be stored for {waited_s:.0f} s; its worker's log says why"
+                )
         return verdict
 
     def _take(self, lines: list[bytes]) -> Message | None:
@@ -177,6 +196,8 @@ class _Run:
             except ValueError:
                 log.warning("trainer of %s wrote no message: %r", self._job.id, line[:200])
                 continue
+            if isinstance(message, Started):
+                self._resolved = message.resolved
             if isinstance(message, Done | Stopped | Failed):
                 verdict = message
             elif not isinstance(message, Alive):
@@ -196,16 +217,18 @@ class _Run:
             case _ if lifecycle.shutdown.is_set():
                 reason = "its worker was shut down"
                 self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
-            case _ if self._stood_still_s > self._leash_s:
-                self.settle_fault(f"The worker stood still for {self._stood_still_s:.0f} s and its trainer ended")
+            case _ if max(self._looks_s) > self._leash_s:
+                self.settle_fault(f"The worker stood still for {max(self._looks_s):.0f} s and its trainer ended")
             case _:
                 self.settle_retry(self._obituary())
 
     def _settle_out_of_memory(self, verdict: Failed) -> None:
         """Once more with the next rung of the ladder, from the last checkpoint; or failed, with what would fit."""
-        with reading() as session:
-            resolved = session.get_one(Job, self._job.id).resolved
-        rung = None if resolved is None else ladder.next_rung(self._training, resolved)
+        # This attempt's own: with an earlier one's, running out while loading would take the same rung for ever.
+        rung = None if self._resolved is None else ladder.next_rung(self._training, self._resolved)
+        if self._resolved is None and verdict is memory.KILLED:
+            self.settle_retry(verdict.message)  # the model may fit another time; it is not known to be the reason
+            return
         if rung is None:
             self.settle_failed(verdict.code, verdict.message, verdict.param)
             return

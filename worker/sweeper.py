@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import redis
@@ -43,7 +44,8 @@ def run(settings: Settings) -> None:
     with Heartbeat(settings, "sweep", every_s=None) as heartbeat:  # beaten here: a pass that hangs must show
         while True:
             heartbeat.beat()
-            if stop.wait(min(5 * settings.poll_s, SILENT_AFTER_S / 3)):
+            # Far oftener than the half lease that looks like an outage.
+            if stop.wait(min(5 * settings.poll_s, SILENT_AFTER_S / 3, settings.lease_s / 8)):
                 return
             sweeper.sweep()
 
@@ -57,20 +59,20 @@ class Sweeper:
         self._redis = connect(settings)
         self._publisher = Publisher(self._redis)
         self._collected_at = time.monotonic()
-        self._collector: threading.Thread | None = None
+        self._beside: dict[str, threading.Thread] = {}
         self._instance: str | None = None
 
     def sweep(self) -> None:
+        """Expire leases here and now; a broker that hangs, or a storage that is large, must not hold that up."""
         try:
             self.expire_leases()
-            self.resend_hints()
-            self._start_collecting()
         except SQLAlchemyError as error:
             log.warning("pass skipped, the database said: %s", error)
-        except redis.RedisError as error:
-            log.warning("hints not sent, the broker said: %s", error)
-        except OSError as error:
-            log.warning("pass cut short: %s", error)
+            return
+        self._start("hints", self._try_to_resend_hints)
+        is_due = time.monotonic() - self._collected_at > min(COLLECT_EVERY_S, self._settings.garbage_age_s)
+        if is_due and self._start("garbage", self.collect_garbage):
+            self._collected_at = time.monotonic()
 
     def expire_leases(self) -> None:
         """Give back the runs of workers that fell silent, unless silence may have been an outage (`shared.sweeps`)."""
@@ -104,11 +106,17 @@ class Sweeper:
             log.warning("garbage not collected: %s", error)
             return 0
 
-    def _start_collecting(self) -> None:
-        """In a thread: a large storage takes minutes to list, and leases must not wait for it."""
-        if self._collector is not None and self._collector.is_alive():
-            return
-        if time.monotonic() - self._collected_at > min(COLLECT_EVERY_S, self._settings.garbage_age_s):
-            self._collected_at = time.monotonic()
-            self._collector = threading.Thread(target=self.collect_garbage, name="garbage", daemon=True)
-            self._collector.start()
+    def _try_to_resend_hints(self) -> None:
+        try:
+            self.resend_hints()
+        except (SQLAlchemyError, redis.RedisError, OSError) as error:
+            log.warning("hints not sent: %s", error)
+
+    def _start(self, name: str, work: Callable[[], object]) -> bool:
+        """Begin work beside the passes, unless it still goes on from an earlier one. Returns whether it began."""
+        running = self._beside.get(name)
+        if running is not None and running.is_alive():
+            return False
+        self._beside[name] = threading.Thread(target=work, name=name, daemon=True)
+        self._beside[name].start()
+        return True

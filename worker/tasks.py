@@ -27,6 +27,7 @@ def train() -> None:
             return
         log.info("claimed %s, claim %d", job.id, job.fence)
         supervisor.supervise(job, settings)
+        lifecycle.wait_out_quarantine()
     hint_if_jobs_wait()  # this worker stops; another may go on at once, without waiting for the sweep
 
 
@@ -34,9 +35,10 @@ def train() -> None:
 def validate_files() -> None:
     """Check every file that was too large to be checked while its sender waited."""
     settings = get_settings()
+    out_of_reach: set[str] = set()
     while not lifecycle.shutdown.is_set():
         with reading() as session:
-            file = files.next_unchecked(session)
+            file = files.next_unchecked(session, besides=out_of_reach)
         if file is None:
             return
         try:
@@ -44,8 +46,14 @@ def validate_files() -> None:
         except training_data.InvalidRow as error:
             with transaction() as session:
                 files.settle_invalid(session, file.id, error.message)
-        except (OSError, MemoryError, storage.DamagedFile) as error:
-            # Settled all the same: left alone it would be the next to check for ever, and none behind it would be.
+        except (OSError, storage.StorageUnavailable):
+            # A storage that is not mounted, or away, says nothing about the file; those behind it get their turn, and
+            # the sweep sends the next hint.
+            log.exception("file %s can't be read for now", file.id)
+            out_of_reach.add(file.id)
+            continue
+        except (MemoryError, storage.DamagedFile) as error:
+            # Settled: left alone it would be the next to check for ever, and none behind it would be.
             log.exception("file %s could not be read", file.id)
             with transaction() as session:
                 reason = f"it could not be read from storage ({type(error).__name__}); upload it again"

@@ -34,7 +34,11 @@ READ_BYTES = 2**16
 
 
 class TrainerSurvives(Exception):
-    """A trainer can't be killed. Its job must not be given to anybody on this GPU."""
+    """A trainer can't be killed. Nobody may be given its GPU until its process group is gone."""
+
+    def __init__(self, message: str, group: int) -> None:
+        super().__init__(message)
+        self.group = group
 
 
 def _group_lives(group: int) -> bool:
@@ -164,10 +168,10 @@ class TrainerProcess:
         try:
             self._process.wait(timeout=KILL_LIMIT_S)
         except subprocess.TimeoutExpired as error:
-            raise TrainerSurvives(f"trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s") from error
+            raise TrainerSurvives(f"trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s", group) from error
         while _group_lives(group):
             if time.monotonic() > deadline:
-                raise TrainerSurvives(f"a child of trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s")
+                raise TrainerSurvives(f"a child of trainer {group} outlived SIGKILL for {KILL_LIMIT_S:.0f} s", group)
             time.sleep(0.02)
 
     def drain(self) -> list[bytes]:

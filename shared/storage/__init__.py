@@ -141,6 +141,11 @@ def clear_incoming(settings: Settings, older_than_s: float) -> None:
     _storage(settings).clear_incoming(older_than_s)
 
 
+def owner(settings: Settings) -> str | None:
+    """The name of the database this storage belongs to; None if nobody's yet."""
+    return _storage(settings).owner()
+
+
 def owned_by(settings: Settings, instance: str) -> str:
     """The database this storage belongs to: `instance`, if nobody had claimed it, from now on."""
     return _storage(settings).owned_by(instance)

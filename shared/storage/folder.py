@@ -163,6 +163,12 @@ class FolderStorage:
                     if now - folder.stat().st_mtime >= older_than_s:
                         folder.rmdir()
 
+    def owner(self) -> str | None:
+        try:
+            return (self._root / OWNER).read_text()
+        except FileNotFoundError:
+            return None
+
     def owned_by(self, instance: str) -> str:
         make_folder(self._root / INCOMING)
         owner = self._root / OWNER

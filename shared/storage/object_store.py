@@ -225,7 +225,8 @@ class ObjectStorage:
         yield from youngest_s.items()
 
     def clear_incoming(self, older_than_s: float) -> None:
-        self._keys.abort_uploads(older_than_s)
+        # Known by when they began only, and a large file over a slow line takes hours.
+        self._keys.abort_uploads(max(older_than_s, MIN_STAGING_AGE_S))
         self._cache.clear_leftovers(older_than_s)
         limit_s = max(older_than_s, MIN_STAGING_AGE_S)
         for pattern in ("*/*/*", "*/*", "*"):
@@ -233,6 +234,10 @@ class ObjectStorage:
                 with contextlib.suppress(OSError):  # it was published meanwhile, or isn't empty
                     if time.time() - last_change(folder) >= limit_s:
                         shutil.rmtree(folder) if pattern == "*/*/*" else folder.rmdir()
+
+    def owner(self) -> str | None:
+        content = self._keys.read(OWNER)
+        return None if content is None else content.decode()
 
     def owned_by(self, instance: str) -> str:
         try:

@@ -204,3 +204,15 @@ def test_a_folder_that_a_dead_process_made_is_synced_by_the_next(
     monkeypatch.setattr(disk, "sync", synced.append)
     disk.make_folder(tmp_path / "job" / "2")
     assert {tmp_path, tmp_path / "job"} <= set(synced)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE, errno.EACCES])
+def test_a_manifest_that_can_not_be_read_just_now_is_no_corrupt_checkpoint(
+    published: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(_path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        verify(published)

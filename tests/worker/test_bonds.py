@@ -21,7 +21,7 @@ from shared.settings import Settings
 from shared.training_spec import TrainerSpec
 from tests.campaign.toy_trainer import COMMAND
 from tests.worker.steps import after_grace, claim, job_of, messages, wait_for
-from worker import supervisor
+from worker import lifecycle, supervisor
 from worker.host_lock import HostLock, LockHeld
 from worker.sweeper import Sweeper
 from worker.trainer_process import TrainerProcess
@@ -194,3 +194,20 @@ def test_a_supervisor_stopped_past_its_lease_commits_nothing_and_its_successor_f
         if child:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def test_a_worker_whose_trainer_outlives_sigkill_claims_nothing_until_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lifecycle, "QUARANTINE_LOOK_S", 0.05)
+    survivor = subprocess.Popen(["sleep", "60"], start_new_session=True)  # none really outlives SIGKILL on demand
+    lifecycle.quarantine(survivor.pid)
+    waiting = threading.Thread(target=lifecycle.wait_out_quarantine)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    survivor.kill()
+    survivor.wait()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    lifecycle.wait_out_quarantine()  # and never again

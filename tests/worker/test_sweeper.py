@@ -1,6 +1,8 @@
 """What the sweep mends, on real storage and databases: garbage, lost hints, competing sweeps."""
 
+import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +15,7 @@ from shared.models import Checkpoint, File, FileStatus, Job, Model, Sweep
 from shared.settings import Settings
 from tests.campaign.toy_trainer import COMMAND
 from tests.worker.steps import claim, job_of
-from worker import supervisor
+from worker import supervisor, tasks
 from worker.sweeper import Sweeper
 
 
@@ -138,3 +140,41 @@ def test_a_files_bytes_are_not_garbage_while_its_row_lives(impatient: Settings) 
     with transaction() as session:
         session.execute(delete(File))
     assert collect(impatient) == 1
+
+
+def test_a_broker_that_never_answers_does_not_hold_up_the_leases(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("ANNEAL_REDIS_URL", f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
+        sweeper = Sweeper(Settings())
+        submit()
+        began = time.monotonic()
+        for _ in range(3):
+            sweeper.sweep()
+        assert time.monotonic() - began < 2
+
+
+def test_a_populated_storage_is_claimed_only_by_a_database_that_knows_it(impatient: Settings) -> None:
+    storage.save_file(impatient, "file-of-somebody", [b"x"], max_bytes=1)
+    assert collect(impatient) == 0
+    assert storage.owner(impatient) is None
+    assert "file-of-somebody" in stored_files(impatient)
+
+
+def test_files_on_a_storage_that_is_away_wait_and_are_not_called_invalid(settings: Settings) -> None:
+    file_id = new_id("file")
+    with transaction() as session:  # its bytes are on a folder that is not mounted here
+        files.create(
+            session,
+            file_id=file_id,
+            project_id="default",
+            filename="a.jsonl",
+            purpose="fine-tune",
+            size_bytes=1,
+            sha256="",
+            status=FileStatus.UPLOADED,
+        )
+    tasks.validate_files()
+    with transaction() as session:
+        assert session.get_one(File, file_id).status == FileStatus.UPLOADED

@@ -8,6 +8,7 @@ loading and tokenising happen in threads, decoding in each engine's own.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -39,15 +40,17 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 DRAIN_S = 5.0
 """How long running answers may go on after SIGTERM."""
+CLOSE_LIMIT_S = 2.0
+"""How long the engines may take to stop after that."""
 FULL_POLL_S = 0.05
 """How often a full generator looks whether it still is; a slot that frees up wakes it at once anyway."""
 
 
 def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM or SIGINT, then end this process."""
     _configure_threads()
     _import_engine()
-    asyncio.run(_serve(settings))
+    asyncio.run(_serve_and_leave(settings))
 
 
 def _configure_threads() -> None:
@@ -68,6 +71,14 @@ def _import_engine() -> None:
     import worker.generation.cache
 
     log.info("engine imported: %s", worker.generation.cache.__name__)
+
+
+async def _serve_and_leave(settings: Settings) -> None:
+    await _serve(settings)
+    # An engine's thread may be deep in a forward pass, and an orderly exit would wait for it longer than the operator
+    # waits for us. Nothing is left to save, and the memory goes with the process.
+    logging.shutdown()
+    os._exit(0)
 
 
 async def _serve(settings: Settings) -> None:
@@ -111,7 +122,8 @@ class Generator:
                 await self._mailbox.leave()
             finally:
                 await tasks.end([*taking, *loops, *self._running.values()])
-                await self._models.close()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._models.close(), CLOSE_LIMIT_S)
                 await self._redis.aclose()
 
     @property

@@ -43,7 +43,10 @@ SUPERVISED_BY = "ANNEAL_SUPERVISED_BY"
 UNSAFE = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD",)
 """Would let the pickles of a checkpoint run code when it is resumed from."""
 
-SECRETS = ("ANNEAL_API_KEY", "ANNEAL_DATABASE_URL", "ANNEAL_REDIS_URL", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SECRETS = (
+    *("ANNEAL_API_KEY", "ANNEAL_DATABASE_URL", "ANNEAL_REDIS_URL", "ANNEAL_STORAGE_URL"),
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+)
 """Nothing a trainer does needs these, so a crash dump of one can't hold them."""
 
 
@@ -52,5 +55,6 @@ def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
 
     Malloc, thread, GPU and verbosity settings already in `base` are kept, so that an operator can tune them.
     """
-    kept = {name: value for name, value in base.items() if name not in (*SECRETS, *UNSAFE)}
+    dropped = (*SECRETS, *UNSAFE)
+    kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith("AWS_")}
     return {**MALLOC, **THREADS, **QUIET, **ONE_GPU, **kept, **OFFLINE}
