@@ -1,5 +1,6 @@
 """One campaign: the service, its clients and its faults, from the first start to the verdict."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -20,8 +21,8 @@ from tests.campaign import plan as plans
 from tests.campaign.chat import Chatter
 from tests.campaign.clients import JobClients, Notebook
 from tests.campaign.evidence import Evidence, collect, compare_storage, engine_of
-from tests.campaign.faults import Injector
-from tests.campaign.plan import JobPlan
+from tests.campaign.faults import Fault, Injector
+from tests.campaign.plan import FaultPlan, JobPlan
 from tests.campaign.postgres import Postgres
 from tests.campaign.service import REPOSITORY, Service
 from tests.campaign.toy_trainer import JOURNAL
@@ -29,6 +30,8 @@ from tests.campaign.verdict import Finding, Known, chats_wrong, judge
 from tests.campaign.watch import Watch
 
 TICK_S = 0.02
+FOUND_WITHIN_S = {"trainer": 2.0, "checkpoint": 10.0}
+"""How long a fault waits for somebody it can hit."""
 UNRIPE_SHARE = 0.3
 """Of the faults strike at any moment, with a trainer that takes long to start too."""
 COLLECTED_WITHIN_S = 120.0
@@ -178,10 +181,7 @@ class Campaign:
                 self._wait(self._is_ripe, min(ends_at, time.monotonic() + self.load.pace.ripe_s))
             if fault.is_alone:
                 self._wait(lambda: self.injector.is_calm, ends_at)
-            struck = self.injector.inject(fault)
-            while struck is None and fault.is_alone and time.monotonic() < ends_at:
-                self._tend()  # it must hit a run
-                struck = self.injector.inject(fault) if self.injector.is_calm else None
+            struck = self._inject(fault, ends_at)
             if struck is not None:
                 self.watch.expect_gone(struck)
                 if struck.number % 25 == 0:
@@ -190,6 +190,16 @@ class Campaign:
                 self._pause(recovery.LIMIT_LEASES * options.lease_s)
             if len(self.injector.faults) >= options.faults or time.monotonic() >= ends_at:
                 return
+
+    def _inject(self, fault: FaultPlan, ends_at: float) -> Fault | None:
+        """Strike; wait a little for somebody to hit, or as long as it takes for one alone, which must hit a run."""
+        within_s = FOUND_WITHIN_S.get(fault.role, 0)
+        deadline = ends_at if fault.is_alone else min(ends_at, time.monotonic() + within_s)
+        while True:
+            struck = self.injector.inject(fault) if self.injector.is_calm or not fault.is_alone else None
+            if struck is not None or time.monotonic() >= deadline:
+                return struck
+            self._pause(0.2)
 
     def _pause(self, pause_s: float) -> None:
         ends_at = time.monotonic() + pause_s
@@ -267,8 +277,9 @@ class Campaign:
         """What no row names must be collected by itself; the verdict names what is left."""
         deadline = time.monotonic() + COLLECTED_WITHIN_S
         while time.monotonic() < deadline:
-            if not any(compare_storage(self.database_url, self.settings)):
-                return
+            with contextlib.suppress(SQLAlchemyError):
+                if not any(compare_storage(self.database_url, self.settings)):
+                    return
             for _ in range(25):
                 self._tend()
 

@@ -17,7 +17,6 @@ from shared.settings import Settings
 from tests.campaign import procfs
 from tests.campaign.evidence import engine_of
 
-
 REGISTERED_WITHIN_S = 1.5
 """How long a trainer is held still; far less than it takes to be given up for silent."""
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 from sqlalchemy.orm import Session
 
 from shared import db
@@ -86,15 +86,19 @@ class Evidence:
 
 @lru_cache(maxsize=1)
 def engine_of(database_url: str) -> Engine:
-    return db.make_engine(database_url)
+    """For reading only, and never for long: who waits here lets nobody go on that was stopped inside a transaction."""
+    engine = db.make_engine(database_url)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=200"))
+    return engine.execution_options(reading=True)
 
 
 def collect(database_url: str, settings: Settings, journal_dir: Path) -> Evidence:
     with Session(engine_of(database_url)) as session:
         events, metrics, rows, tuned = defaultdict(list), defaultdict(dict), defaultdict(list), defaultdict(list)
-        for event in session.scalars(select(Event).order_by(Event.job_id, Event.sequence)):
-            shown = EventRow(event.sequence, event.created_at, event.type, event.message, event.data or {})
-            events[event.job_id].append(shown)
+        for told in session.scalars(select(Event).order_by(Event.job_id, Event.sequence)):
+            shown = EventRow(told.sequence, told.created_at, told.type, told.message, told.data or {})
+            events[told.job_id].append(shown)
         for metric in session.scalars(select(Metric)):
             metrics[metric.job_id][metric.step] = metric.values
         for row in session.scalars(select(Checkpoint).order_by(Checkpoint.step)):

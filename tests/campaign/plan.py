@@ -72,7 +72,7 @@ def toy_job(seed: int, index: int) -> JobPlan:
     """Job number `index` of the campaign of that seed."""
     draw = random.Random(f"{seed}/job/{index}")
     behaviour = draw.choices([name for name, _ in BEHAVIOURS], [weight for _, weight in BEHAVIOURS])[0]
-    steps, save_steps = draw.randint(5, 40), draw.randint(1, 7)
+    steps, save_steps = draw.randint(5, 60), draw.randint(1, 7)
     if behaviour == "poison":
         save_steps = NEVER  # it dies in its second step; a checkpoint of the first would be progress
     if behaviour == "deaf":
@@ -80,7 +80,7 @@ def toy_job(seed: int, index: int) -> JobPlan:
     toy = ToyPlan(
         steps=steps,
         save_steps=save_steps,
-        step_s=round(draw.uniform(0.02, 0.08), 3),
+        step_s=round(draw.uniform(0.02, 0.1), 3),
         behaviour=behaviour if behaviour not in ("cancel", "invalid") else "finish",
     )
     rows = [{"prompt": "plan", "completion": json.dumps(asdict(toy))}]
@@ -143,7 +143,7 @@ FAULTS: Weights = {
     ("stop", "batch"): 2,
     ("wipe", "valkey"): 3,
     ("stop", "valkey"): 1,
-    ("damage", "checkpoint"): 9,
+    ("damage", "checkpoint"): 5,
 }
 POSTGRESQL_FAULTS: Weights = {("kill", "postgres"): 2, ("kill", "connection"): 2}
 ALONE: Weights = {

@@ -67,7 +67,7 @@ def _install_paths(points: Points, ledger: Ledger) -> None:
                 note(full)
                 return result
 
-            return points.at(name, full.removeprefix(points.root), perform, errors=errors)
+            return points.at(name, points.shown(full), perform, errors=errors)
 
         setattr(os, name, hooked)
 
@@ -84,7 +84,7 @@ def _install_paths(points: Points, ledger: Ledger) -> None:
                 ledger.entry_changed(after)
                 return result
 
-            return points.at(name, after.removeprefix(points.root), perform, errors=NEEDS_SPACE | NEEDS_DEVICE)
+            return points.at(name, points.shown(after), perform, errors=NEEDS_SPACE | NEEDS_DEVICE)
 
         setattr(os, name, hooked)
 
@@ -113,7 +113,7 @@ def _hook_sync(points: Points, ledger: Ledger, name: str) -> None:
             real(descriptor)
             ledger.synced(number)
 
-        points.at(name, full.removeprefix(points.root), perform, errors=NEEDS_DEVICE)
+        points.at(name, points.shown(full), perform, errors=NEEDS_DEVICE)
 
     setattr(os, name, hooked)
 
@@ -133,7 +133,7 @@ def _install_opening(points: Points, ledger: Ledger) -> None:
 
             return points.at(
                 "write",
-                path.removeprefix(points.root),
+                points.shown(path),
                 perform,
                 errors=NEEDS_SPACE,
                 tear=lambda: io.FileIO.write(self, content[: len(content) // 2]),
@@ -166,7 +166,7 @@ def _install_opening(points: Points, ledger: Ledger) -> None:
         if isinstance(file, int):
             raw = perform()
         else:
-            raw = points.at("create", path.removeprefix(points.root), perform, errors=NEEDS_SPACE)
+            raw = points.at("create", points.shown(path), perform, errors=NEEDS_SPACE)
         if buffering == 0:
             return raw
         size = io.DEFAULT_BUFFER_SIZE if buffering < 2 else buffering
@@ -189,7 +189,7 @@ def _install_opening(points: Points, ledger: Ledger) -> None:
                 ledger.entry_changed(full)
             return descriptor
 
-        return points.at("create", full.removeprefix(points.root), perform, errors=NEEDS_SPACE)
+        return points.at("create", points.shown(full), perform, errors=NEEDS_SPACE)
 
     io.open = hooked  # type: ignore[assignment]
     builtins.open = hooked  # type: ignore[assignment]
@@ -202,7 +202,7 @@ def _install_writing(points: Points, ledger: Ledger) -> None:
         if str(descriptor) == os.environ.get(PROTOCOL_FD) and points.role == "trainer":
             return ""
         path = path_of(descriptor)
-        return path.removeprefix(points.root) if points.covers(path) else None
+        return points.shown(path) if points.covers(path) else None
 
     def hooked_write(descriptor: int, data: Any, /) -> int:
         content = bytes(data)
@@ -235,7 +235,7 @@ def _install_writing(points: Points, ledger: Ledger) -> None:
             return real_pwrite(descriptor, data, offset)
         return points.at(
             "write",
-            path.removeprefix(points.root),
+            points.shown(path),
             lambda: real_pwrite(descriptor, data, offset),
             errors=NEEDS_SPACE,
             tear=lambda: real_pwrite(descriptor, bytes(data)[: len(data) // 2], offset),

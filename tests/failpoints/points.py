@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 PROJECT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{PROJECT / name}{os.sep}" for name in ("api", "shared", "worker"))
 TRAINER = str(PROJECT / "tests" / "campaign" / "toy_trainer.py")
-TRANSPARENT = (str(PROJECT / "shared" / "db.py"),)
+TRANSPARENT = tuple(str(PROJECT / "shared" / name) for name in ("db.py", "disk.py"))
 """Doors that everybody goes through: their caller is the one to name."""
 
 KILL_BEFORE, KILL_AFTER, TORN = "kill before", "kill after", "kill half-way"
@@ -33,6 +33,7 @@ _write, _open = os.write, os.open  # the real ones, for the harness's own record
 _NUMBERED = (
     (re.compile(r"\b(ft[a-z]+|file)-[A-Za-z0-9]{24}"), r"<\1>"),
     (re.compile(r"\btmp[a-z0-9_]{8}$"), "<temporary>"),
+    (re.compile(r"(?<=/\.tmp-)\d+|(?<=/\.deleted-)\d+|(?<=>/\d/)\d+"), "<step>"),
     (re.compile(r"(?<=-)\d+(?=/|$)"), "<pid>"),
     (re.compile(r"(?<=-)[0-9a-f]{16,}"), "<hex>"),
 )
@@ -145,6 +146,10 @@ class Points:
 
     def covers(self, path: str) -> bool:
         return path.startswith(self.root) or path + os.sep == self.root
+
+    def shown(self, path: str) -> str:
+        """A path as points name it."""
+        return path.removeprefix(self.root) if path.startswith(self.root) else "the data folder"
 
     def _open_trace(self) -> int | None:
         if self._trace_path is None:

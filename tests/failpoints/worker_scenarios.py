@@ -64,7 +64,7 @@ def _meanwhile(condition: Callable[[], bool], then: Callable[[], None]) -> None:
 
 
 def _prepare_long_run(world: World) -> Facts:
-    return facts_of(world, world.add_job({"steps": 30, "save_steps": 10, "step_s": 0.02}))
+    return facts_of(world, world.add_job({"steps": 12, "save_steps": 5, "step_s": 0.1}))
 
 
 def _run_until_deploy(world: World, facts: Facts) -> None:
@@ -73,7 +73,8 @@ def _run_until_deploy(world: World, facts: Facts) -> None:
 
 
 def _prepare_cancellable(world: World) -> Facts:
-    return _prepare_long_run(world) | {"ends": {}}
+    # Saved well before the cancel can come, so that every run has the same points.
+    return {"job": world.add_job({"steps": 12, "save_steps": 2, "step_s": 0.1}), "ends": {}}
 
 
 def _run_until_cancel(world: World, facts: Facts) -> None:

@@ -84,7 +84,7 @@ def test_a_trainer_whose_supervisor_is_gone_does_not_start() -> None:
 LEASHED = (
     "import sys, time; from worker.training.leash import Leash, read_spec\n"
     "from worker.training.reporter import Reporter\n"
-    "print(read_spec().decode(), file=sys.stderr); Leash(Reporter(1), 1.0).start()\n"
+    "print(read_spec().decode(), file=sys.stderr); Leash(Reporter(1), 1.8).start()\n"
 )
 
 
@@ -95,10 +95,12 @@ def test_a_trainer_on_a_leash_says_that_it_lives_and_ends_when_its_supervisor_is
     ) as trainer:
         assert trainer.stdin is not None and trainer.stdout is not None and trainer.stderr is not None
         trainer.stdin.write(b"the spec\n\n")
+        trainer.stdin.flush()
+        assert parse(trainer.stdout.readline()).type == "alive", "from here on its imports are over"
         for _ in range(6):
-            time.sleep(0.5)
             trainer.stdin.write(b"\n")
             trainer.stdin.flush()
+            time.sleep(0.5)
         assert trainer.poll() is None
         assert trainer.wait(10) == -signal.SIGKILL
         assert {parse(line).type for line in trainer.stdout} == {"alive"}
