@@ -10,6 +10,7 @@ from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import make_celery
 from shared.settings import get_settings
 from worker import lifecycle
+from worker.consumer_watch import ConsumerWatch
 
 celery_app = make_celery(get_settings())
 celery_app.conf.imports = ("worker.tasks",)
@@ -42,6 +43,7 @@ def _alive(instance: Any, **_: Any) -> None:
     name = "-".join(sorted(instance.app.amqp.queues.consume_from))
     heartbeat.heartbeat_path(get_settings(), _child_name(name)).unlink(missing_ok=True)  # of a worker before us
     _begin(_WorkerHeartbeat(get_settings(), name))
+    ConsumerWatch(get_settings(), name).start()
 
 
 @signals.worker_shutting_down.connect
@@ -52,9 +54,20 @@ def _shutting_down(**_: Any) -> None:
 @signals.worker_process_init.connect
 def _child(**_: Any) -> None:
     lifecycle.die_with_parent(_main_pid)
+    lifecycle.working.set(False)  # the child before may have died in a task
     db.reset()  # connections don't survive a fork
     # The parent's heartbeat came along with the fork; its thread didn't.
     _begin(Heartbeat(get_settings(), _child_name(_heartbeats[0].name)))
+
+
+@signals.task_prerun.connect
+def _task_begins(**_: Any) -> None:
+    lifecycle.working.set(True)
+
+
+@signals.task_postrun.connect
+def _task_ended(**_: Any) -> None:
+    lifecycle.working.set(False)
 
 
 def _begin(heart: Heartbeat) -> None:

@@ -5,6 +5,7 @@ alone until its task ends. `shutdown` is a pipe made before the fork: the main p
 """
 
 import ctypes
+import mmap
 import os
 import select
 import signal
@@ -44,6 +45,22 @@ class Shutdown:
 
 
 shutdown = Shutdown()
+
+
+class Working:
+    """Whether the pool child is in a task: the child writes, the main process looks. Memory shared across the fork."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1)
+
+    def set(self, working: bool) -> None:
+        self._memory[0] = int(working)
+
+    def is_set(self) -> bool:
+        return bool(self._memory[0])
+
+
+working = Working()
 
 _survivor: int | None = None
 QUARANTINE_LOOK_S = 5.0
