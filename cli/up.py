@@ -49,6 +49,8 @@ class CannotStart(Exception):
 
 def up(settings: Settings) -> int:
     """Run the service until a signal; returns the exit status."""
+    # First of all: one that comes during the next lines waits for the first look, instead of ending us half-way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     try:
         settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = RunLock(settings.run_dir)
@@ -63,7 +65,6 @@ def up(settings: Settings) -> int:
         say(line)
     if not settings.api_key:
         say("no ANNEAL_API_KEY is set: whoever can reach this machine's loopback address may use the service")
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     adopt_orphans()
     settings = settings.model_copy(update={"port": listener.getsockname()[1]})  # 0 has become a real one
     status = Service(settings, listener).run()
