@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from tests.campaign import report
-from tests.campaign.campaign import Campaign, Options
+from tests.campaign.campaign import Campaign
+from tests.campaign.options import Options
 
 
 def main() -> int:

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -15,17 +13,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from shared.models import TERMINAL, Checkpoint, Job, JobStatus
-from shared.settings import Settings
 from tests.campaign import loads, procfs, recovery
 from tests.campaign import plan as plans
 from tests.campaign.chat import Chatter
 from tests.campaign.clients import JobClients, Notebook
 from tests.campaign.evidence import Evidence, collect, compare_storage, engine_of
 from tests.campaign.faults import Fault, Injector
+from tests.campaign.options import CHAT_DEADLINE_S, Options, environment_of, settings_of
 from tests.campaign.plan import FaultPlan, JobPlan
 from tests.campaign.postgres import Postgres
-from tests.campaign.service import REPOSITORY, Service
-from tests.campaign.toy_trainer import JOURNAL
+from tests.campaign.service import Service
 from tests.campaign.verdict import Finding, Known, chats_wrong, judge
 from tests.campaign.watch import Watch
 
@@ -37,25 +34,8 @@ UNRIPE_SHARE = 0.3
 COLLECTED_WITHIN_S = 120.0
 ANSWERS_AGAIN_WITHIN_S = 90.0
 LEFT_WITHIN_S = 10.0
-CHAT_DEADLINE_S = 15.0
 CHAT_LIMIT_S = CHAT_DEADLINE_S + 20
 """A question may be late by as long as the API was stopped."""
-
-
-@dataclass(frozen=True)
-class Options:
-    seed: int
-    faults: int = 200
-    jobs: int = 150
-    database: str = "sqlite"
-    trainer: str = "toy"
-    lease_s: float = 4
-    mean_wait_s: float | None = None
-    """Between two faults; None: what suits the trainer."""
-    minutes: float = 60
-    generate: bool = True
-    garbage_age_s: float = 40
-    """More than a process may stand still and then wait for SQLite: until then bytes may still get their row."""
 
 
 class Campaign:
@@ -75,7 +55,7 @@ class Campaign:
         self._looked_for_ripe_at = 0.0
         self.load = loads.LOADS[options.trainer](options.seed)
         self._postgres = Postgres(self.folder / "postgres") if options.database == "postgresql" else None
-        environment = self._environment()
+        environment = environment_of(options, self.folder, self.load.pace, self._postgres)
         self.settings = settings_of(environment)
         self.database_url = self.settings.resolved_database_url
         pace, toy = self.load.pace, options.trainer == "toy"
@@ -129,34 +109,6 @@ class Campaign:
 
     def clean_up(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _environment(self) -> dict[str, str]:
-        options = self.options
-        values = {
-            "DATA": str(self.folder / "data"),
-            "PORT": "0",
-            "MODELS_DIR": str(self.folder / "models"),
-            "HUB_OFFLINE": "true",
-            "LEASE_S": f"{options.lease_s:g}",
-            "HEARTBEAT_S": f"{options.lease_s / 4:g}",
-            "POLL_S": "0.2",
-            "RETRY_DELAY_S": "0",
-            "MAX_ATTEMPTS": "12",
-            "MAX_FAULTS": "200",
-            "TRAINER_SILENT_S": f"{self.load.pace.trainer_silent_leases * options.lease_s:g}",
-            "TRAINER_STOP_S": "2",
-            "DEPLOY_STOP_S": "5",
-            "GARBAGE_AGE_S": f"{options.garbage_age_s:g}",
-            "INLINE_VALIDATION_BYTES": str(plans.INLINE_VALIDATION_BYTES),
-            "GENERATION_DEADLINE_S": f"{CHAT_DEADLINE_S:g}",
-            "CAMPAIGN_JOURNAL": str(self.folder / "journal"),
-        }
-        if self._postgres is not None:
-            values["DATABASE_URL"] = self._postgres.url
-        ours = {f"ANNEAL_{name}": value for name, value in values.items()}
-        assert JOURNAL in ours
-        theirs = {name: value for name, value in os.environ.items() if not name.startswith("ANNEAL_")}
-        return {**theirs, **ours, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
 
     def _plan(self, index: int) -> JobPlan:
         self._plans[index] = self.load.job(index)
@@ -322,15 +274,3 @@ class Campaign:
     def _mark(self, what: str) -> None:
         self.times_s[what] = round(time.time() - self.began, 1)
         self._say(f"{what} after {self.times_s[what]:.0f} s")
-
-
-def settings_of(environment: dict[str, str]) -> Settings:
-    """The settings a process with that environment has; ours is not looked at."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environment)
-    try:
-        return Settings()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

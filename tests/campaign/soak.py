@@ -22,9 +22,10 @@ from typing import Any
 
 from tests.campaign import growth
 from tests.campaign import plan as plans
-from tests.campaign.campaign import Campaign, Options
+from tests.campaign.campaign import Campaign
 from tests.campaign.clients import Client, GaveUp
 from tests.campaign.growth import Sampler
+from tests.campaign.options import Options
 from tests.campaign.plan import JobPlan
 
 SAMPLE_EVERY_S = 10.0
