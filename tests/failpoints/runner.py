@@ -21,7 +21,7 @@ from typing import Any
 
 from tests.failpoints import invariants, recovery
 from tests.failpoints.points import KILL_AFTER, Fault, Point, read_trace
-from tests.failpoints.scenarios import Scenario
+from tests.failpoints.scenarios import Scenario, collect_all
 from tests.failpoints.services import Databases, running_valkey
 from tests.failpoints.world import Hung, World
 
@@ -179,6 +179,8 @@ def _try(lane: Lane, case: Case) -> Outcome:
         world = World(
             folder, url, lane.redis_url, {key: value.format(run=name) for key, value in lane.settings.items()}
         )
+        if scenario.is_swept_before:
+            world.in_child(lambda: collect_all(world))
         facts = world.in_child(lambda: scenario.prepare(world))
         outcome.ending = world.act(lambda: scenario.act(world, facts), case.fault, trace)
         outcome.struck = world.board.struck

@@ -28,6 +28,7 @@ class Scenario:
         act: runs in the process under test.
         again: what a client does that got no answer, or an error.
         looks_behind: at the files of a storage that is a folder.
+        is_swept_before: a sweep has passed at least once, which makes the storage the database's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Scenario:
     act: Callable[[World, Facts], None]
     again: Callable[[World, Facts], None] = lambda world, facts: None
     looks_behind: bool = False
+    is_swept_before: bool = True
 
 
 def facts_of(world: World, job_id: str, ends: list[str] | None = None) -> Facts:

@@ -215,4 +215,5 @@ WORKER_SCENARIOS = (
     Scenario("heartbeat", _prepare_claimable, _keep_a_lease),
     Scenario("sweep", _prepare_silent_workers, _sweep),
     Scenario("collect", _prepare_garbage, _collect, looks_behind=True),
+    Scenario("collect-first", lambda world: {}, _collect, is_swept_before=False),
 )
