@@ -2,6 +2,7 @@
 
 python -m tests.failpoints                           SQLite, all points
 python -m tests.failpoints --database postgresql
+python -m tests.failpoints --once                    every point, each with one of its ways to fail, in turn
 python -m tests.failpoints --only run:17:"kill after"    one of them again, with its log
 python -m tests.failpoints --list                    the points, without running them
 python -m tests.failpoints --scenario run --every 5  every fifth case of one scenario
@@ -60,6 +61,8 @@ def main() -> int:
         if options.only:
             cases = [case for case in cases if (str(case.number), case.fault and case.fault.mode) == (number, mode)]
         cases = [case for case in cases if _is_wanted(case, options.match, options.mode)][:: options.every]
+        if options.once:
+            cases = list(runner.one_a_point(cases))
         if not cases:
             print("no case of that kind")
             return 2
@@ -83,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scenario", help="only this one")
     parser.add_argument("--exhaustive", action="store_true", help="also ways to fail that leave the disk as others do")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case")
+    parser.add_argument("--once", action="store_true", help="every point with one of its ways to fail, in turn")
     parser.add_argument("--match", default="", help="only points with this in their name")
     parser.add_argument("--mode", help="only this way to fail")
     parser.add_argument("--only", metavar="SCENARIO:N:MODE", help="one case again")
@@ -133,6 +137,7 @@ def _verdict(
         "database": options.database,
         "storage": options.storage,
         "every": options.every,
+        "once": options.once,
         "points": sum(len(found) for found in points.values()),
         "points_by_operation": dict(Counter(point.operation for found in points.values() for point in found)),
         "points_by_scenario": {name: len(found) for name, found in points.items()},

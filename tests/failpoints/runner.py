@@ -6,6 +6,7 @@ harness ─ lanes, each with a Valkey of its own ─ one process a run ─┬─
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,13 @@ def cases_of(scenario: Scenario, points: Sequence[Point], exhaustive: bool) -> I
         for mode in point.modes:
             if exhaustive or mode not in skipped:
                 yield Case(scenario, Fault(point.name, mode), point.operation, number)
+
+
+def one_a_point(cases: Iterable[Case]) -> Iterator[Case]:
+    """Of the cases of each point the next in turn, so that neighbouring points fail differently."""
+    for turn, (_, same) in enumerate(itertools.groupby(cases, lambda case: (case.scenario.name, case.number))):
+        ways = list(same)
+        yield ways[turn % len(ways)]
 
 
 def points_of(outcome: Outcome) -> list[Point]:
