@@ -31,7 +31,8 @@ class JobStatus(StrEnum):
     queued: in by creation, or by a run that was given up (lease expired, deploy, a crash with attempts left); out by
         a claim. A crash leaves it: the sweep re-sends the hint.
     running: in by a claim only; out by the owner of the fence, or by the sweep once the lease has expired.
-    paused: reserved; nothing moves a job in yet.
+    paused: in by a client, at once or, from a run, once its trainer has saved and stopped; out by a client's resume,
+        or cancel. A crash leaves it, and so does everything else.
     succeeded, failed, cancelled: absorbing.
     """
 
@@ -67,8 +68,64 @@ class File(Base):
     format: Mapped[str | None] = mapped_column(String(16))
     rows: Mapped[int | None]
     created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    """From then on nobody sees it; the sweep removes it once no live job needs it."""
 
-    __table_args__ = (Index("files_by_project", "project_id", "created_at", "id"), Index("files_by_status", "status"))
+    __table_args__ = (
+        Index("files_by_project", "project_id", "created_at", "id"),
+        Index("files_by_status", "status"),
+        Index("files_by_expiry", "expires_at"),
+    )
+
+
+class UploadStatus(StrEnum):
+    """OpenAI's words.
+
+    pending: in by creation; out by completion, cancel, or the sweep once `expires_at` has passed.
+    completed, cancelled, expired: absorbing.
+    """
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Upload(Base):
+    """A file that comes in parts."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int]
+    """As announced; what the parts amount to must equal it."""
+    mime_type: Mapped[str] = mapped_column(String(256))
+    status: Mapped[UploadStatus] = mapped_column(String(16))
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    file_id: Mapped[str | None] = mapped_column(String(64))
+    """Of the file it became."""
+    file_expires_after_s: Mapped[int | None]
+
+    __table_args__ = (Index("uploads_by_status", "status", "expires_at"),)
+
+
+class UploadPart(Base):
+    """Bytes of an upload: `files/<id>` in storage, there before the row is, like a file's."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"))
+    project_id: Mapped[str] = mapped_column(String(64))
+    bytes: Mapped[int]
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("upload_parts_by_upload", "upload_id"),)
 
 
 class Job(Base):
@@ -110,6 +167,10 @@ class Job(Base):
     lease_until: Mapped[float | None]
     worker: Mapped[str | None] = mapped_column(String(256))
     cancel_requested_at: Mapped[float | None]
+    pause_requested_at: Mapped[float | None]
+    """Of a running job; whoever owns the run settles it, and a cancel comes first."""
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    """Higher is claimed first; among equals the oldest."""
     attempts: Mapped[int] = mapped_column(default=0)
     """Trainer deaths in a row without a new checkpoint."""
     faults: Mapped[int] = mapped_column(default=0)
@@ -129,7 +190,7 @@ class Job(Base):
 
     __table_args__ = (
         Index("jobs_by_project", "project_id", "created_at", "id"),
-        Index("jobs_by_status", "status", "created_at", "id"),
+        Index("jobs_by_status", "status", "priority", "created_at", "id"),
     )
 
 
@@ -213,3 +274,45 @@ class Sweep(Base):
     """Until then no lease expires: after an outage everybody has one whole lease to renew theirs."""
     instance: Mapped[str] = mapped_column(String(64))
     """Name of this database, written into the storage it belongs to: garbage is collected in no other."""
+
+
+class Answer(Base):
+    """What a POST that creates was answered, so that sending it again creates nothing: `api.idempotency`."""
+
+    __tablename__ = "answers"
+
+    project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    route: Mapped[str] = mapped_column(String(256), primary_key=True)
+    """Method and path."""
+    key: Mapped[str] = mapped_column(String(256), primary_key=True)
+    """The client's `Idempotency-Key`."""
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    """Of the body."""
+    owner: Mapped[str] = mapped_column(String(64))
+    """The request that works on it; another takes over once `held_until` has passed without an answer."""
+    held_until: Mapped[float]
+    status_code: Mapped[int | None] = mapped_column(Integer)
+    """None while the first request is under way."""
+    body: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("answers_by_age", "created_at"),)
+
+
+class Creation(Base):
+    """Which object a POST created, for a client that lost the answer and sends the same body again without a key."""
+
+    __tablename__ = "creations"
+
+    object_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    """Of method, path and body."""
+    created_at: Mapped[float]
+    told_again: Mapped[bool] = mapped_column(default=False)
+    """A retry was answered with it; the next one creates."""
+
+    __table_args__ = (
+        Index("creations_by_request", "project_id", "request_sha256", "created_at"),
+        Index("creations_by_age", "created_at"),
+    )
