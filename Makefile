@@ -20,7 +20,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo up test lint types containers clean campaign failpoints mutants contention soak
+.PHONY: help install demo up test lint types containers clean campaign failpoints mutants contention soak bench-api
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -64,6 +64,9 @@ campaign failpoints mutants contention: install
 
 soak: install
 	$(subst tests.soak,tests.campaign.soak,$(PROOF))
+
+bench-api: install
+	$(BIN)/python -m benchmarks.api $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

