@@ -277,7 +277,7 @@ class Sweep(Base):
 
 
 class Answer(Base):
-    """What a POST that creates was answered, so that sending it again creates nothing: `api.idempotency`."""
+    """What a POST with an `Idempotency-Key` was answered: `shared.answers`."""
 
     __tablename__ = "answers"
 
@@ -285,15 +285,10 @@ class Answer(Base):
     route: Mapped[str] = mapped_column(String(256), primary_key=True)
     """Method and path."""
     key: Mapped[str] = mapped_column(String(256), primary_key=True)
-    """The client's `Idempotency-Key`."""
     request_sha256: Mapped[str] = mapped_column(String(64))
-    """Of the body."""
-    owner: Mapped[str] = mapped_column(String(64))
-    """The request that works on it; another takes over once `held_until` has passed without an answer."""
-    held_until: Mapped[float]
-    status_code: Mapped[int | None] = mapped_column(Integer)
-    """None while the first request is under way."""
-    body: Mapped[str | None] = mapped_column(Text)
+    """Of method, path and body."""
+    status_code: Mapped[int] = mapped_column(Integer)
+    body: Mapped[str] = mapped_column(Text)
     created_at: Mapped[float]
 
     __table_args__ = (Index("answers_by_age", "created_at"),)
@@ -308,6 +303,8 @@ class Creation(Base):
     project_id: Mapped[str] = mapped_column(String(64))
     request_sha256: Mapped[str] = mapped_column(String(64))
     """Of method, path and body."""
+    body: Mapped[str] = mapped_column(Text)
+    """What was answered."""
     created_at: Mapped[float]
     told_again: Mapped[bool] = mapped_column(default=False)
     """A retry was answered with it; the next one creates."""

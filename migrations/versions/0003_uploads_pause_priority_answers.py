@@ -47,10 +47,8 @@ def upgrade() -> None:
         sa.Column("route", sa.String(256), primary_key=True),
         sa.Column("key", sa.String(256), primary_key=True),
         sa.Column("request_sha256", sa.String(64), nullable=False),
-        sa.Column("owner", sa.String(64), nullable=False),
-        sa.Column("held_until", sa.Float(53), nullable=False),
-        sa.Column("status_code", sa.Integer),
-        sa.Column("body", sa.Text),
+        sa.Column("status_code", sa.Integer, nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
     )
     op.create_index("answers_by_age", "answers", ["created_at"])
@@ -59,6 +57,7 @@ def upgrade() -> None:
         sa.Column("object_id", sa.String(64), primary_key=True),
         sa.Column("project_id", sa.String(64), nullable=False),
         sa.Column("request_sha256", sa.String(64), nullable=False),
+        sa.Column("body", sa.Text, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
         sa.Column("told_again", sa.Boolean, nullable=False),
     )
