@@ -9,8 +9,12 @@ import mmap
 import os
 import select
 import signal
+import struct
 import time
 
+import psutil
+
+_PID = struct.Struct("q")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -48,16 +52,25 @@ shutdown = Shutdown()
 
 
 class Working:
-    """Whether the pool child is in a task: the child writes, the main process looks. Memory shared across the fork."""
+    """Whether the pool child is in a task: the child writes its number, the main process looks.
+
+    In memory shared across the fork. A child that died in a task is in none any more.
+    """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 1)
+        self._memory = mmap.mmap(-1, _PID.size)
 
     def set(self, working: bool) -> None:
-        self._memory[0] = int(working)
+        _PID.pack_into(self._memory, 0, os.getpid() if working else 0)
 
     def is_set(self) -> bool:
-        return bool(self._memory[0])
+        (pid,) = _PID.unpack_from(self._memory, 0)
+        if not pid:
+            return False
+        try:
+            return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return False
 
 
 working = Working()

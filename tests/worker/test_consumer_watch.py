@@ -1,5 +1,8 @@
 """When a worker may be called deaf: hints wait, look after look, and it has nothing to do."""
 
+import os
+import time
+
 import pytest
 
 from shared.queue import TRAIN, make_celery, send
@@ -60,3 +63,39 @@ def test_a_deaf_worker_ends_its_process(settings: Settings, monkeypatch: pytest.
     watch.start()
     watch.join(5)
     assert ended == [consumer_watch.EXIT_STATUS]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_worker_told_to_leave_is_given_time_for_its_task_and_no_more(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[float] = []
+
+    def end(status: int) -> None:
+        assert status == 0
+        ended.append(time.monotonic())
+
+    monkeypatch.setattr(consumer_watch.os, "_exit", end)
+    monkeypatch.setattr(consumer_watch, "LEAVE_S", 0.4)
+    monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
+    lifecycle.working.set(True)
+    watch = ConsumerWatch(settings, QUEUE)
+    watch.start()
+    lifecycle.shutdown.set()
+    time.sleep(1)
+    assert not ended, "its child is in a task"
+    lifecycle.working.set(False)
+    idle_at = time.monotonic()
+    watch.join(5)
+    assert 0.3 < ended[0] - idle_at < 2
+
+
+def test_a_child_that_died_in_a_task_is_in_none() -> None:
+    child = os.fork()
+    if not child:
+        lifecycle.working.set(True)
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert not lifecycle.working.is_set()
+    os.waitpid(child, 0)
+    assert not lifecycle.working.is_set()
