@@ -89,7 +89,9 @@ def keep(session: Session, request: Request, status_code: int, body: str) -> boo
         dialect.insert(Answer)
         .values(**place, **values)
         .on_conflict_do_update(
-            index_elements=list(place), set_=values, where=Answer.created_at <= now() - KEPT_S  # too old: key is free
+            index_elements=list(place),
+            set_=values,
+            where=Answer.created_at <= now() - KEPT_S,  # too old: key is free
         )
         .returning(Answer.key)
     )

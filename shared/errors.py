@@ -1,4 +1,4 @@
-"""Every error a user can cause, as a tree. Domain code raises these; only `api/app.py` turns them into HTTP.
+"""Every error a user can cause, as a tree. Domain code raises these; only `api.error_handlers` turns them into HTTP.
 
     AppError                     status  type                    code
     ├── BadRequest                400    invalid_request_error   (given)
@@ -31,6 +31,8 @@ class AppError(Exception):
     status_code = 500
     type = "server_error"
     code: str = "internal_error"
+    should_retry: bool | None = None
+    """False: repeating can't help, and OpenAI's SDKs are told so. None: they decide by the status."""
 
     def __init__(
         self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
@@ -80,6 +82,7 @@ class Conflict(AppError):
     status_code = 409
     type = "invalid_request_error"
     code = "conflict"
+    should_retry = False
 
 
 class TooLarge(AppError):

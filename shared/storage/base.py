@@ -26,6 +26,7 @@ class StorageFull(AppError):
     """There is no room for more; nothing was left behind."""
 
     status_code = 507
+    should_retry = False
     code = "storage_full"
 
     def __init__(self, message: str = "the storage is full; delete files or checkpoints, or enlarge it") -> None:

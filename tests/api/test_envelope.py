@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.app import MAX_JSON_BODY_BYTES, create_app
+from api.app import create_app
+from api.envelope import MAX_JSON_BODY_BYTES
 from shared import db
 from shared.settings import Settings, get_settings
 from tests.conftest import upload
