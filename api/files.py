@@ -10,8 +10,9 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import select
 
 from api.deps import Caller, OutboxDep, SettingsDep
+from api.idempotency import OnceDep
 from api.paging import After, Limit, page
-from shared import files, storage, training_data
+from shared import answers, files, storage, training_data
 from shared.db import UNAVAILABLE, reading, transaction
 from shared.errors import BadRequest, NotFound
 from shared.ids import new_id
@@ -40,6 +41,7 @@ def create_file(
     caller: Caller,
     settings: SettingsDep,
     outbox: OutboxDep,
+    once: OnceDep,
     _: Annotated[None, Depends(_only_known_fields)],
 ) -> FileObject:
     """Store a file. One for training is checked: a small one before the answer, a large one by `worker batch`."""
@@ -57,6 +59,7 @@ def create_file(
     file_id = new_id("file")
     stored = storage.save_file(settings, file_id, _chunks(file.file), max_bytes=settings.max_upload_bytes)
     try:
+        once.same_content(filename, purpose, stored.sha256)
         status, summary = FileStatus.PROCESSED, None
         if stored.bytes == 0:
             raise training_data.InvalidRow("the file is empty")
@@ -78,6 +81,7 @@ def create_file(
                 format=summary.format if summary else None,
                 rows=summary.rows if summary else None,
             )
+            answer = once.keep(session, file_id, FileObject.of(row))
     except UNAVAILABLE:
         raise  # the commit may yet take effect; if it does not, the sweep finds the bytes
     except BaseException:
@@ -85,7 +89,7 @@ def create_file(
         raise
     if status == FileStatus.UPLOADED:
         outbox.files_wait()
-    return FileObject.of(row)
+    return answer
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
@@ -141,6 +145,7 @@ def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> Respons
 def delete_file(file_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
     with transaction() as session:
         files.delete(session, caller.project_id, file_id)
+        answers.forget_creation(session, file_id)
     try:
         storage.delete_file(settings, file_id)
     except storage.StorageUnavailable as error:

@@ -9,8 +9,9 @@ from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import null, select
 
 from api.deps import Caller, OutboxDep
+from api.idempotency import OnceDep
 from api.paging import After, Limit, page
-from shared import checkpoints, jobs, model_registry
+from shared import answers, checkpoints, jobs, model_registry
 from shared.db import reading, transaction
 from shared.errors import BadRequest
 from shared.models import Job, JobStatus, Metric
@@ -20,13 +21,14 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 
 @router.post("")
-def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep) -> FineTuningJob:
+def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
     """Store the job, then let the worker know."""
     with transaction() as session:
         job = jobs.submit(session, caller.project_id, request)
+        answer = once.keep(session, job.id, FineTuningJob.of(job))
     if job.status == JobStatus.QUEUED:
         outbox.training_waits()  # after commit: the worker must find the row
-    return FineTuningJob.of(job)
+    return answer
 
 
 @router.get("")
@@ -52,10 +54,12 @@ def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: Caller) -> FineTuningJob:
+def cancel_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
     """An idle job ends at once; a running one within a micro-batch, and the answer shows `cancel_requested`."""
     with transaction() as session:
-        return FineTuningJob.of(jobs.request_cancel(session, caller.project_id, job_id))
+        job = jobs.request_cancel(session, caller.project_id, job_id)
+        answers.forget_creation(session, job_id)
+        return once.keep(session, None, FineTuningJob.of(job))
 
 
 @router.get("/{job_id}/checkpoints")
