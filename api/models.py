@@ -1,17 +1,22 @@
 """/v1/models: base models, tuned models and checkpoints. Ids hold slashes, so routes take the rest of the path."""
 
+import logging
+
 from fastapi import APIRouter
 
-from api.deps import Caller
-from shared import model_registry
-from shared.db import reading
-from shared.schemas import ModelList, ModelObject
+from api.deps import Caller, SettingsDep
+from shared import checkpoints, model_registry, storage
+from shared.db import reading, transaction
+from shared.errors import AppError
+from shared.schemas import Deleted, ModelList, ModelObject
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/models", tags=["models"])
 
 
 @router.get("")
 def list_models(caller: Caller) -> ModelList:
+    """Every model that may be named: base models in the operator's order, then the project's own, newest first."""
     with reading() as session:
         return ModelList(
             data=[ModelObject.of(model) for model in model_registry.list_models(session, caller.project_id)]
@@ -20,5 +25,19 @@ def list_models(caller: Caller) -> ModelList:
 
 @router.get("/{model_id:path}")
 def retrieve_model(model_id: str, caller: Caller) -> ModelObject:
+    """One model, by its id or, a base model, by its alias."""
     with reading() as session:
         return ModelObject.of(model_registry.find(session, caller.project_id, model_id))
+
+
+@router.delete("/{model_id:path}")
+def delete_model(model_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
+    """Delete a tuned model with its final checkpoint, or one checkpoint; the weights too once no name has them."""
+    with transaction() as session:
+        folders = checkpoints.delete_model(session, caller.project_id, model_id)
+    for folder in folders:
+        try:
+            storage.delete_tree(settings, folder)
+        except (AppError, OSError) as error:
+            log.warning("the weights in %s are left to the sweep: %s", folder, error)  # no row names them any more
+    return Deleted(id=model_id, object="model")

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from shared import events, jobs, model_registry
 from shared.db import clock
+from shared.errors import Conflict, PermissionDenied
 from shared.ids import new_id
 from shared.models import TERMINAL, Checkpoint, Job, Model
 
@@ -117,6 +118,47 @@ def retire(session: Session, job: Job, base_model: str, keep: int) -> list[str]:
         session.execute(delete(Model).where(Model.id == model_registry.checkpoint_name(tuned, checkpoint.step)))
         session.delete(checkpoint)
     return [checkpoint.location for checkpoint in old]
+
+
+def delete_model(session: Session, project_id: str, name: str) -> list[str]:
+    """Forget a model by name: a checkpoint alone, a tuned model together with the final checkpoint it is.
+
+    Earlier checkpoints of the same job stay, and a job goes on naming the model it made. Requests for the model that a
+    generator has begun on are answered to their end; it has the weights in memory.
+
+    Returns the folders to delete once this is committed: those that no other name has.
+
+    Raises:
+        ModelNotFound: no such model of the project.
+        PermissionDenied: a base model.
+        Conflict: the job it belongs to has not ended, or one that has not ended starts from it.
+    """
+    model = model_registry.find(session, project_id, name)
+    if model.is_base:
+        raise PermissionDenied(
+            f"{model.id} is the operator's base model, who takes it from ANNEAL_BASE_MODELS or ANNEAL_MODELS_DIR: "
+            "only tuned models and checkpoints can be deleted",
+            param="model",
+        )
+    # Every name of these weights: a job that is being created with one of them holds a shared lock on it.
+    rows = session.scalars(
+        select(Model).where(Model.location == model.location).order_by(Model.id).with_for_update()
+    ).all()
+    if all(row.id != name for row in rows):
+        raise model_registry.unknown(name)
+    user = session.scalar(
+        select(Job.id)
+        .where((Job.id == model.job_id) | (Job.model_location == model.location), Job.status.not_in(TERMINAL))
+        .limit(1)
+    )
+    if user is not None:
+        why = "it belongs to" if user == model.job_id else "it is needed by"
+        raise Conflict(f"{name} can't be deleted: {why} job {user}, which has not ended; cancel the job first")
+    doomed = rows if model.kind == "tuned" else [row for row in rows if row.id == name]
+    for row in doomed:
+        session.delete(row)
+    session.execute(delete(Checkpoint).where(Checkpoint.job_id == model.job_id, Checkpoint.location == model.location))
+    return [model.location] if len(doomed) == len(rows) else []
 
 
 def best_of(known: Sequence[Checkpoint]) -> Checkpoint | None:

@@ -51,7 +51,7 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
         ModelNotFound, NotFound: an id is not the project's.
         BadRequest: a file can't be trained on.
     """
-    model = model_registry.find(session, project_id, request.model)
+    model = model_registry.find(session, project_id, request.model, hold=True)
     files = [_usable_file(session, project_id, request.training_file, "training_file")]
     if request.validation_file is not None:
         files.append(_usable_file(session, project_id, request.validation_file, "validation_file"))

@@ -5,6 +5,8 @@
     ft:<alias>:<project>:<suffix>:<job>:ckpt-step-40
 
 Base models are the operator's: `ANNEAL_BASE_MODELS` and the folders of `ANNEAL_MODELS_DIR`. They have no rows.
+A name may not end like an action on a model (`…/exports`): its URL would be that action's. `shared.settings` refuses
+one, and a folder of that name is passed over.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from shared.errors import ModelNotFound
 from shared.models import Job, Model
-from shared.settings import Settings, get_settings
+from shared.settings import MODEL_ACTIONS, Settings, get_settings
 
 BASE_LOCATION = "base:"
 
@@ -47,15 +49,18 @@ def base_models(settings: Settings) -> list[NamedModel]:
     names = list(settings.base_models)
     if settings.models_dir is not None and settings.models_dir.is_dir():
         found = sorted(path.parent for path in settings.models_dir.glob("*/*/config.json"))
-        names += [f"{path.parent.name}/{path.name}" for path in found]
+        names += [f"{path.parent.name}/{path.name}" for path in found if path.name not in MODEL_ACTIONS]
     return [
         NamedModel(id=name, location=BASE_LOCATION + name, owned_by=name.split("/")[0], created_at=0, base_model=name)
         for name in dict.fromkeys(names)
     ]
 
 
-def find(session: Session, project_id: str, name: str) -> NamedModel:
+def find(session: Session, project_id: str, name: str, *, hold: bool = False) -> NamedModel:
     """The model of that name which `project_id` may use.
+
+    Args:
+        hold: let nobody delete it before this transaction ends.
 
     Raises:
         ModelNotFound: no such base model, and no such model of this project.
@@ -64,14 +69,20 @@ def find(session: Session, project_id: str, name: str) -> NamedModel:
     for model in bases:
         if name == model.id or name.lower() == alias_of(model.id):
             return model
-    row = session.get(Model, name)
+    row = session.get(Model, name, with_for_update={"read": True} if hold else None)
     if row is None or row.project_id != project_id:
-        raise ModelNotFound(
-            f"the model {name[:300]!r} does not exist; base models here are "
-            f"{', '.join(model.id for model in bases)}, and GET /v1/models lists every model you can use",
-            param="model",
-        )
+        raise unknown(name)
     return _named(row)
+
+
+def unknown(name: str) -> ModelNotFound:
+    """The error for a name that is nobody's, or somebody else's."""
+    bases = ", ".join(model.id for model in base_models(get_settings()))
+    return ModelNotFound(
+        f"the model {name[:300]!r} does not exist; base models here are {bases}, and GET /v1/models lists every model "
+        "you can use",
+        param="model",
+    )
 
 
 def list_models(session: Session, project_id: str) -> list[NamedModel]:

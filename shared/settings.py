@@ -15,6 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 BYTES_PER_GIB = 2**30
+MODEL_ACTIONS = ("exports", "push")
+"""What may follow a model's id in a URL, and so can't be the end of one."""
 FOLDER_SCHEMES = ("file", "local")
 MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 107 bytes of path for a unix socket."""
@@ -92,6 +94,17 @@ class Settings(BaseSettings):
     """Requests that may wait; one more is answered 429."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("base_models")
+    @classmethod
+    def _no_action(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name.rsplit("/", 1)[-1] in MODEL_ACTIONS:
+                raise ValueError(
+                    f"the base model {name!r} is named like an action on a model ({', '.join(MODEL_ACTIONS)}), and its "
+                    "URL would mean that action; serve a copy under another name from ANNEAL_MODELS_DIR"
+                )
+        return names
 
     @field_validator("data", "models_dir")
     @classmethod
