@@ -136,7 +136,7 @@ def delete_model(session: Session, project_id: str, name: str) -> list[str]:
     model = model_registry.find(session, project_id, name)
     if model.is_base:
         raise PermissionDenied(
-            f"{model.id} is the operator's base model, who takes it from ANNEAL_BASE_MODELS or ANNEAL_MODELS_DIR: "
+            f"{model.id} is a base model, which the operator lists in ANNEAL_BASE_MODELS or ANNEAL_MODELS_DIR; "
             "only tuned models and checkpoints can be deleted",
             param="model",
         )
