@@ -20,13 +20,13 @@ from api.error_handlers import error_response
 from shared.errors import AppError, BadRequest, PermissionDenied, TooLarge, Unauthorized
 from shared.models import DEFAULT_PROJECT
 from shared.settings import Settings
+from shared.uploads import MAX_PART_BYTES
 
 log = logging.getLogger(__name__)
 
 OPENAI_VERSION = "2020-10-01"
 """The one OpenAI's own answers carry."""
 MAX_JSON_BODY_BYTES = 8 * 2**20
-MAX_PART_BYTES = 64 * 2**20
 MULTIPART_OVERHEAD_BYTES = 2**20
 UPLOAD_PATH = "/v1/files"
 PART_PATH = re.compile(r"/v1/uploads/[^/]+/parts")
@@ -74,17 +74,18 @@ class Envelope:
             await send(message)
 
         async def refuse(error: AppError) -> None:
-            if isinstance(error, TooLarge) and _closes(scope, headers):
-                await _drain(receive)
             await error_response(error)(scope, receive, send_with_headers)
 
         scope.setdefault("state", {})["request_id"] = request_id
         bound = self._body_bound(scope)
+        closes = scope["http_version"] == "1.0" or "close" in headers.get("connection", "").lower()
         try:
             if (refusal := self._refusal(scope, headers, bound)) is not None:
+                if isinstance(refusal, TooLarge) and closes and "expect" not in headers:  # else it waits for our word
+                    await _drain(receive)
                 await refuse(refusal)
             else:
-                await self._app(scope, _bounded(receive, bound), send_with_headers)
+                await self._app(scope, _bounded(receive, bound, drains=closes), send_with_headers)
         except AppError as error:
             if answered:
                 raise
@@ -142,7 +143,7 @@ def _too_large(bound: int) -> TooLarge:
     return TooLarge(f"the request body has more than {bound} bytes, the most allowed here")
 
 
-def _bounded(receive: Receive, bound: int) -> Callable[[], Awaitable[Message]]:
+def _bounded(receive: Receive, bound: int, *, drains: bool) -> Callable[[], Awaitable[Message]]:
     """Stop reading a body past its bound, whatever its headers say."""
     seen = 0
 
@@ -152,18 +153,16 @@ def _bounded(receive: Receive, bound: int) -> Callable[[], Awaitable[Message]]:
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > bound:
+                if drains:
+                    await _drain(receive)
                 raise _too_large(bound)
         return message
 
     return bounded
 
 
-def _closes(scope: Scope, headers: Headers) -> bool:
-    """Whether the connection ends with the answer: then a client that still sends gets a reset in its place."""
-    return scope["http_version"] == "1.0" or "close" in headers.get("connection", "").lower()
-
-
 async def _drain(receive: Receive) -> None:
+    """Take what a client still sends, when the connection ends with the answer: or it gets a reset in its place."""
     try:
         async with asyncio.timeout(DRAIN_S):
             while (await receive()).get("more_body", False):

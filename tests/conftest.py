@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,9 @@ def upload(client: TestClient, content: bytes | None = None, purpose: str = "fin
     return dict(answer.json())
 
 
-@pytest.fixture
-def server(settings: Settings) -> Iterator[str]:
-    """The API behind a real socket, for what streams. Its URL."""
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """The API behind a real socket, in a thread. Its URL."""
     config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_level="warning", ws="none")
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
@@ -194,3 +195,10 @@ def server(settings: Settings) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True
     thread.join(timeout=10)
+
+
+@pytest.fixture
+def server(settings: Settings) -> Iterator[str]:
+    """The API behind a real socket, for what streams. Its URL."""
+    with serving(settings) as url:
+        yield url

@@ -17,6 +17,7 @@ from shared.settings import Settings, get_settings
 from tests.conftest import upload
 
 KEY = "sk-test-ünïcode"
+JOBS = "/v1/fine_tuning/jobs"
 
 
 @pytest.fixture
@@ -107,9 +108,78 @@ def test_a_nul_in_a_url_is_refused(client: TestClient, path: str) -> None:
     assert "NUL" in is_openai_error(client.get(f"/v1/{path}"), 400)["message"]
 
 
-def test_unknown_routes_and_methods_are_openai_errors(client: TestClient) -> None:
-    assert is_openai_error(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
-    assert is_openai_error(client.put("/v1/files"), 405)["code"] == "method_not_allowed"
+def test_every_answer_has_openais_headers(client: TestClient) -> None:
+    for path in (
+        "/v1/models",
+        "/v1/models/ft:nope",
+        "/v1/nothing",
+        "/nothing",
+        "/health/live",
+        "/openapi.json",
+        "/docs",
+    ):
+        headers = client.get(path).headers
+        assert headers["x-request-id"].startswith("req_") and int(headers["openai-processing-ms"]) >= 0
+        assert headers["openai-version"] == "2020-10-01" and headers["openai-organization"] == "default"
+    assert "x-should-retry" not in client.get("/v1/models/ft:nope").headers
+
+
+def test_a_clients_own_request_id_is_in_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="api.envelope")
+    answer = client.get("/v1/nothing", headers={"x-client-request-id": "mine-4711"})
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "mine-4711" in line and answer.headers["x-request-id"] in line and "404" in line
+
+
+def test_unknown_routes_are_told_what_exists(client: TestClient) -> None:
+    for method, path in (("POST", "/v1/responses"), ("POST", "/v1/embeddings"), ("GET", "/v1/assistants/x")):
+        error = is_openai_error(client.request(method, path, json={}), 404)
+        assert error["code"] == "unknown_url" and f"{method} {path}" in error["message"]
+        for exists in ("/v1/chat/completions", "/v1/files,", "/v1/fine_tuning/jobs", "/v1/models"):
+            assert exists in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/files", "GET, POST"),
+        ("PATCH", "/v1/files/file-x", "DELETE, GET"),
+        ("POST", "/v1/files/file-x/content", "GET"),
+        ("DELETE", "/v1/fine_tuning/jobs/ftjob-x/cancel", "POST"),
+        ("PUT", "/v1/models/owner/name", "DELETE, GET"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(client: TestClient, method: str, path: str, allowed: str) -> None:
+    answer = client.request(method, path)
+    error = is_openai_error(answer, 405)
+    assert error["code"] == "method_not_allowed" and answer.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "content_type", "said"),
+    [
+        (JOBS, b'{"model": "m"}', "text/plain", "application/json"),
+        (JOBS, b'{"model": "m"}', None, "application/json"),
+        (JOBS, b"model=m", "application/x-www-form-urlencoded", "application/json"),
+        ("/v1/files", b'{"purpose": "fine-tune"}', "application/json", "multipart/form-data"),
+        (JOBS, b"{nope", "application/json", "not JSON"),
+        (JOBS, b"", "application/json", "body is required"),
+        (JOBS, b'{"model": "\xff"}', "application/json", "not UTF-8"),
+        (JOBS, b"[" * 100_000, "application/json", "body"),
+        (JOBS, b"[1]", "application/json", "body"),
+        (JOBS, b'{"\\ud800": 1}', "application/json", "surrogate"),
+        (JOBS, b'{"model": "a\\u0000"}', "application/json", "NUL"),
+        (JOBS, b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "body"),
+        ("/v1/files", b"--x\r\nnope", "multipart/form-data; boundary=x", "required"),
+        ("/v1/files", b"--x", "multipart/form-data", "boundary"),
+    ],
+)
+def test_a_body_that_can_not_be_read_is_a_400_that_says_why(
+    client: TestClient, path: str, content: bytes, content_type: str | None, said: str
+) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    error = is_openai_error(client.post(path, content=content, headers=headers), 400)
+    assert said in error["message"] and error["type"] == "invalid_request_error"
 
 
 def test_an_oversize_body_is_a_413_whatever_its_headers_say(client: TestClient) -> None:
@@ -129,15 +199,6 @@ def test_an_internal_error_tells_its_request_id_and_nothing_else(
     error = is_openai_error(answer, 500)
     assert answer.headers["x-request-id"] in error["message"]
     assert "ZeroDivision" not in json.dumps(error)
-
-
-def test_models_are_found_by_id_with_slashes_encoded_or_not(client: TestClient) -> None:
-    listed = client.get("/v1/models").json()
-    assert [model["id"] for model in listed["data"]] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
-    for path in ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB%2FSmolLM2-135M-Instruct"):
-        assert client.get(f"/v1/models/{path}").json()["owned_by"] == "HuggingFaceTB"
-    error = is_openai_error(client.get("/v1/models/ft:nope"), 404)
-    assert error["code"] == "model_not_found" and error["param"] == "model"
 
 
 def test_the_api_never_imports_torch_and_stays_small(settings: Settings) -> None:

@@ -42,6 +42,15 @@ def location_of(name: str) -> str:
         return session.get_one(Model, name).location
 
 
+def test_models_are_found_by_id_with_slashes_encoded_or_not(client: TestClient) -> None:
+    assert ids(client) == [BASE]
+    for path in (BASE, BASE.replace("/", "%2F"), "smollm2-135m-instruct"):
+        assert client.get(f"/v1/models/{path}").json()["owned_by"] == "HuggingFaceTB"
+    answer = client.get("/v1/models/ft:nope")
+    assert answer.status_code == 404
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("model_not_found", "model")
+
+
 def test_base_models_come_first_then_the_projects_own_with_their_kind(client: TestClient, tuned: Job) -> None:
     listed = client.get("/v1/models").json()["data"]
     name = tuned.fine_tuned_model
