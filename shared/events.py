@@ -29,6 +29,15 @@ def stream_key(job_id: str) -> str:
     return f"anneal:events:{job_id}"
 
 
+def add_with_first(session: Session, job: Job, *messages: str) -> None:
+    """Add a job that is being made, with its first events, at its own time: three statements fewer than `append`."""
+    job.last_event = len(messages)
+    session.add(job)
+    session.flush()
+    for sequence, message in enumerate(messages, 1):
+        _add(session, job, sequence, job.created_at, message)
+
+
 def append(
     session: Session,
     job: Job,
@@ -44,12 +53,26 @@ def append(
         execution_options={"synchronize_session": False},
     )
     assert sequence is not None, "the caller holds the job's row"
+    return _add(session, job, sequence, clock(session), message, level=level, type=type, data=data)
+
+
+def _add(
+    session: Session,
+    job: Job,
+    sequence: int,
+    created_at: float,
+    message: str,
+    *,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+) -> Event:
     event = Event(
         id=new_id("ftevent"),
         job_id=job.id,
         project_id=job.project_id,
         sequence=sequence,
-        created_at=clock(session),
+        created_at=created_at,
         level=level,
         type=type,
         message=storable(message[:4000]),

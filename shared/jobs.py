@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from shared import events, model_registry
-from shared.db import clock, now
+from shared.db import clock, has_passed, now
 from shared.errors import BadRequest, Conflict, NotFound
 from shared.ids import new_id
 from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
@@ -76,20 +76,17 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
         training=request.training_spec().model_dump(),
         fence=0,
         attempts=0,
-        last_event=0,
         result_files=[],
     )
-    session.add(job)
-    session.flush()
-    events.append(session, job, f"Created fine-tuning job: {job.id}")
-    events.append(session, job, "Files validated, job queued" if checked else "Validating files")
+    state = "Files validated, job queued" if checked else "Validating files"
+    events.add_with_first(session, job, f"Created fine-tuning job: {job.id}", state)
     return job
 
 
 def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> File:
     # Shared lock: who settles or deletes the file waits for this job to be there, or this job sees what they did.
     file = session.get(File, file_id, with_for_update={"read": True})
-    if file is None or file.project_id != project_id:
+    if file is None or file.project_id != project_id or has_passed(session, file.expires_at):
         raise NotFound(f"there is no file {file_id!r}; upload it first (GET /v1/files lists yours)", param=param)
     if file.purpose != "fine-tune":
         raise BadRequest(f"file {file_id} has purpose {file.purpose!r}; it must be 'fine-tune'", param=param)
