@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
-from api import chat, docs, error_handlers, files, fine_tuning, health, job_events, models
+from api import chat, docs, error_handlers, files, fine_tuning, health, job_events, models, uploads
 from api.envelope import Envelope
 from shared.queue import Outbox, make_celery
 from shared.redis_client import connect_async
@@ -30,7 +30,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = docs.application(lifespan)
     app.state.settings = settings
     v1 = APIRouter(prefix="/v1")
-    for router in (files.router, fine_tuning.router, job_events.router, models.router, chat.router):
+    for router in (files.router, uploads.router, fine_tuning.router, job_events.router, models.router, chat.router):
         v1.include_router(router)
     app.include_router(v1)
     app.include_router(health.router)

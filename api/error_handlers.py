@@ -10,6 +10,7 @@
 The SDKs repeat 408, 409, 429 and 5xx: `x-should-retry: false` says where that is in vain.
 """
 
+import errno
 import logging
 from http import HTTPStatus
 from typing import Any
@@ -27,6 +28,7 @@ from starlette.routing import compile_path
 from api.idempotency import REPLAYED, Once, Replay
 from shared.db import UNAVAILABLE
 from shared.errors import AppError, BadRequest, NotFound, Unavailable
+from shared.storage import StorageFull
 from shared.text import storable
 
 log = logging.getLogger(__name__)
@@ -141,6 +143,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         return error_response(cause)
     if isinstance(cause, UnicodeDecodeError):
         return error_response(BadRequest("the body is not UTF-8; encode it so"))
+    if isinstance(cause, OSError):
+        return _disk_error(cause)
     if error.status_code == HTTPStatus.NOT_FOUND:
         message = (
             f"there is no {request.method} {request.url.path[:200]} here; what exists: {', '.join(_nouns(request))}"
@@ -174,6 +178,14 @@ def _methods(request: Request) -> set[str]:
         if context.path is not None and context.methods and compile_path(context.path)[0].match(request.url.path):
             found |= context.methods
     return found
+
+
+def _disk_error(error: OSError) -> JSONResponse:
+    """A file that was being received could not be spooled."""
+    log.error("a body could not be received: %s", error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error_response(StorageFull())
+    return error_response(AppError("the body could not be received; the server's log says why"))
 
 
 async def _database_error(_request: Request, error: Exception) -> JSONResponse:

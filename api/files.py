@@ -1,40 +1,37 @@
-"""/v1/files: uploads, listing, content, deletion."""
+"""/v1/files: uploads in one request, listing, content, deletion. Those in parts are `api.uploads`."""
 
 import logging
-from collections.abc import Iterator
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, UploadFile
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from sqlalchemy import select
 
+from api.answer_schemas import BYTES
 from api.deps import Caller, OutboxDep, SettingsDep
 from api.idempotency import OnceDep
-from api.paging import After, Limit, page
-from shared import answers, files, storage, training_data
-from shared.db import UNAVAILABLE, reading, transaction
+from api.multipart import chunks, only
+from api.paging import After, FilesLimit, page
+from shared import answers, files, storage
+from shared.db import reading, transaction
 from shared.errors import BadRequest, NotFound
 from shared.ids import new_id
 from shared.models import File, FileStatus
 from shared.schemas import Deleted, FileObject, Page
 from shared.text import is_storable
+from shared.upload_schemas import MAX_FILENAME_CHARACTERS
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/files", tags=["files"])
 
-MAX_FILENAME_CHARACTERS = 255
 CONTENT_TYPE = "application/octet-stream"
+ANCHOR = "expires_after[anchor]"
+SECONDS = "expires_after[seconds]"
+"""OpenAI's clients send the one nested object of this form as two fields."""
 
 
-async def _only_known_fields(request: Request) -> None:
-    """A field that does nothing yet, such as `expires_after`, is refused: ignored, it would be a broken promise."""
-    unknown = sorted(set(await request.form()) - {"file", "purpose"})
-    if unknown:
-        raise BadRequest(f"unknown field {unknown[0][:100]!r}; send `file` and `purpose`", param=unknown[0][:100])
-
-
-@router.post("")
+@router.post("", dependencies=[Depends(only("file", "purpose", ANCHOR, SECONDS))])
 def create_file(
     file: UploadFile,
     purpose: Annotated[str, Form()],
@@ -42,32 +39,26 @@ def create_file(
     settings: SettingsDep,
     outbox: OutboxDep,
     once: OnceDep,
-    _: Annotated[None, Depends(_only_known_fields)],
+    anchor: Annotated[Literal["created_at"] | None, Form(alias=ANCHOR)] = None,
+    seconds: Annotated[int | None, Form(alias=SECONDS, ge=files.MIN_EXPIRY_S, le=files.MAX_EXPIRY_S)] = None,
 ) -> FileObject:
-    """Store a file. One for training is checked: a small one before the answer, a large one by `worker batch`."""
+    """Store a file. One for training is checked: a small one before the answer, a large one by `worker batch`.
+
+    It expires `seconds` after it was created if `expires_after` says so, and one with purpose `batch` after 30 days.
+    """
     if purpose not in files.UPLOAD_PURPOSES:
         raise BadRequest(
             f"purpose={purpose[:100]!r} must be one of {', '.join(files.UPLOAD_PURPOSES)}", param="purpose"
         )
-    filename = file.filename or "upload"
-    if not is_storable(filename):
-        raise BadRequest(f"the file name {filename[:100]!a} can't be stored; rename the file", param="file")
-    if len(filename) > MAX_FILENAME_CHARACTERS:
-        raise BadRequest(
-            f"the file name has {len(filename)} characters; at most {MAX_FILENAME_CHARACTERS} are allowed", param="file"
-        )
+    if (anchor is None) != (seconds is None):
+        missing = ANCHOR if anchor is None else SECONDS
+        raise BadRequest(f"{missing} is required beside the other half of expires_after", param=missing)
+    filename = _checked_name(file.filename or "upload")
     file_id = new_id("file")
-    stored = storage.save_file(settings, file_id, _chunks(file.file), max_bytes=settings.max_upload_bytes)
-    try:
-        once.same_content(filename, purpose, stored.sha256)
-        status, summary = FileStatus.PROCESSED, None
-        if stored.bytes == 0:
-            raise training_data.InvalidRow("the file is empty")
-        if purpose == "fine-tune":
-            if stored.bytes <= settings.inline_validation_bytes:
-                summary = training_data.validate(storage.local_file(settings, file_id, sha256=stored.sha256))
-            else:
-                status = FileStatus.UPLOADED
+    with files.row_follows(settings, file_id):
+        stored = storage.save_file(settings, file_id, chunks(file.file), max_bytes=settings.max_upload_bytes)
+        once.same_content(purpose, filename, str(seconds), stored.sha256)
+        found = files.inspect(settings, file_id, purpose, stored)
         with transaction() as session:
             row = files.create(
                 session,
@@ -77,35 +68,37 @@ def create_file(
                 purpose=purpose,
                 size_bytes=stored.bytes,
                 sha256=stored.sha256,
-                status=status,
-                format=summary.format if summary else None,
-                rows=summary.rows if summary else None,
+                status=found.status,
+                format=found.format,
+                rows=found.rows,
+                expires_after_s=seconds,
             )
             answer = once.keep(session, file_id, FileObject.of(row))
-    except UNAVAILABLE:
-        raise  # the commit may yet take effect; if it does not, the sweep finds the bytes
-    except BaseException:
-        files.discard_bytes(settings, file_id)
-        raise
-    if status == FileStatus.UPLOADED:
+    if found.status == FileStatus.UPLOADED:
         outbox.files_wait()
     return answer
 
 
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(storage.COPY_CHUNK_BYTES):
-        yield chunk
+def _checked_name(filename: str) -> str:
+    if not is_storable(filename):
+        raise BadRequest(f"the file name {filename[:100]!a} can't be stored; rename the file", param="file")
+    if len(filename) > MAX_FILENAME_CHARACTERS:
+        raise BadRequest(
+            f"the file name has {len(filename)} characters; at most {MAX_FILENAME_CHARACTERS} are allowed", param="file"
+        )
+    return filename
 
 
 @router.get("")
 def list_files(
     caller: Caller,
     purpose: str | None = None,
-    limit: Limit = 100,
+    limit: FilesLimit = 10_000,
     after: After = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
-    query = select(File).where(File.project_id == caller.project_id)
+    """The project's files, newest first unless `order` says otherwise."""
+    query = select(File).where(File.project_id == caller.project_id, files.visible())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     with reading() as session:
@@ -116,11 +109,12 @@ def list_files(
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, caller: Caller) -> FileObject:
+    """A file as it is now."""
     with reading() as session:
         return FileObject.of(files.get(session, caller.project_id, file_id))
 
 
-@router.get("/{file_id}/content", response_class=StreamingResponse)
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses={200: {"content": BYTES}})
 def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> Response:
     """The bytes as they were sent, in constant memory. From an object store, never all of them if one is wrong."""
     with reading() as session:
@@ -143,8 +137,10 @@ def file_content(file_id: str, caller: Caller, settings: SettingsDep) -> Respons
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
+    """Remove a file for good. Refused while a job that has not ended needs it."""
     with transaction() as session:
         files.delete(session, caller.project_id, file_id)
+        answers.forget_creation(session, file_id)
         answers.forget_creation(session, file_id)
     try:
         storage.delete_file(settings, file_id)

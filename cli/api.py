@@ -3,6 +3,8 @@
 The heartbeat is renewed by the event loop itself: a loop that hangs falls silent, whatever its threads still do.
 """
 
+import tempfile
+
 import uvicorn
 
 from cli.listener import inherited_listener, open_listener
@@ -12,6 +14,8 @@ from shared.settings import Settings
 
 OPEN_STREAMS_STOP_S = 5
 """How long open requests and streams may go on after SIGTERM."""
+SPOOL = "spool"
+"""Folder in `run_dir` for the bodies of uploads until they are whole: a /tmp may be memory."""
 
 
 def serve(settings: Settings) -> None:
@@ -23,6 +27,9 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_level)
     listener = inherited_listener() or open_listener(settings)
     heartbeat = Heartbeat(settings, "api", every_s=None)
+    spool = settings.run_dir / SPOOL
+    spool.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(spool)
 
     async def beat() -> None:
         heartbeat.beat()

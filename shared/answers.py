@@ -10,7 +10,7 @@ other, whatever crashes, and of two requests that do the same at once one commit
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import ColumnElement, delete, exists, insert, or_, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -20,6 +20,8 @@ from shared.models import Answer, Creation
 
 KEPT_S = 24 * 3600
 RETRIED_WITHIN_S = 60
+REMOVED_AFTER_S = 3600
+"""Of creations. Later than they count, so that a retry that is being answered finds its row."""
 
 
 class KeyReused(Conflict):
@@ -136,3 +138,21 @@ def tell_again(session: Session, project_id: str, sha256: str) -> str | None:
 def forget_creation(session: Session, object_id: str) -> None:
     """A client that ends or deletes an object has its id, and so did not lose the answer that had it."""
     session.execute(delete(Creation).where(Creation.object_id == object_id))
+
+
+def any_old(session: Session) -> bool:
+    """Whether there is anything to `remove_old`."""
+    return bool(session.scalar(select(or_(exists().where(_too_old(Answer)), exists().where(_too_old(Creation))))))
+
+
+def remove_old(session: Session, limit: int) -> None:
+    """Remove at most that many of each that count no more. Rows that somebody else is about to change are left."""
+    answer_key = (Answer.project_id, Answer.route, Answer.key)
+    answers = select(*answer_key).where(_too_old(Answer)).limit(limit).with_for_update(skip_locked=True)
+    session.execute(delete(Answer).where(tuple_(*answer_key).in_(answers), _too_old(Answer)))
+    creations = select(Creation.object_id).where(_too_old(Creation)).limit(limit).with_for_update(skip_locked=True)
+    session.execute(delete(Creation).where(Creation.object_id.in_(creations), _too_old(Creation)))
+
+
+def _too_old(model: type[Answer] | type[Creation]) -> ColumnElement[bool]:
+    return model.created_at <= now() - (KEPT_S if model is Answer else REMOVED_AFTER_S)

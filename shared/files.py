@@ -5,23 +5,58 @@
 
 The transaction that settles a file moves the jobs that wait for it on. An invalid small file is refused with its
 line number and leaves no row.
+
+From `expires_at` on, by the database's clock, nobody sees a file any more, and no new job may use it. The sweep removes
+the row, and then the bytes, once no live job needs it: what runs keeps its data.
 """
 
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, CompoundSelect, or_, select, union, update
+from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared import jobs, storage
-from shared.db import clock, reading
-from shared.errors import Conflict, NotFound
-from shared.models import TERMINAL, File, FileStatus, Job
+from shared import jobs, storage, training_data
+from shared.db import UNAVAILABLE, clock, has_passed, now, reading, transaction
+from shared.errors import Conflict, NotFound, Unavailable
+from shared.models import TERMINAL, File, FileStatus, Job, JobStatus, UploadPart
 from shared.settings import Settings
 
 UPLOAD_PURPOSES = ("fine-tune", "batch", "evals", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
+MIN_EXPIRY_S = 3600
+MAX_EXPIRY_S = 30 * 24 * 3600
+BATCH_EXPIRY_S = MAX_EXPIRY_S
+"""Of a file with purpose `batch`, unless its sender says otherwise: as OpenAI has it."""
+LIVE = tuple(status for status in JobStatus if status not in TERMINAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is known of a file's content when its row is written; `uploaded` means that `worker batch` looks later."""
+
+    status: FileStatus
+    format: str | None = None
+    rows: int | None = None
+
+
+def inspect(settings: Settings, file_id: str, purpose: str, stored: storage.Stored) -> Finding:
+    """Look at bytes in storage that get a row next: at once if they are few, or not for training.
+
+    Raises:
+        InvalidRow: they are empty, or can't be trained on.
+    """
+    if stored.bytes == 0:
+        raise training_data.InvalidRow("the file is empty")
+    if purpose != "fine-tune":
+        return Finding(FileStatus.PROCESSED)
+    if stored.bytes > settings.inline_validation_bytes:
+        return Finding(FileStatus.UPLOADED)
+    summary = training_data.validate(storage.local_file(settings, file_id, sha256=stored.sha256))
+    return Finding(FileStatus.PROCESSED, summary.format, summary.rows)
 
 
 def create(
@@ -36,8 +71,12 @@ def create(
     status: FileStatus,
     format: str | None = None,
     rows: int | None = None,
+    expires_after_s: int | None = None,
 ) -> File:
     """Add the row of bytes that are already whole in storage."""
+    if expires_after_s is None and purpose == "batch":
+        expires_after_s = BATCH_EXPIRY_S
+    created_at = clock(session)
     row = File(
         id=file_id,
         project_id=project_id,
@@ -48,7 +87,8 @@ def create(
         status=status,
         format=format,
         rows=rows,
-        created_at=clock(session),
+        created_at=created_at,
+        expires_at=None if expires_after_s is None else created_at + expires_after_s,
     )
     session.add(row)
     session.flush()
@@ -59,12 +99,17 @@ def get(session: Session, project_id: str, file_id: str, *, param: str | None = 
     """The project's file.
 
     Raises:
-        NotFound: there is none of this id in the project.
+        NotFound: there is none of this id in the project, or it has expired.
     """
     row = session.get(File, file_id)
-    if row is None or row.project_id != project_id:
+    if row is None or row.project_id != project_id or has_passed(session, row.expires_at):
         raise NotFound(f"there is no file {file_id[:100]!r}; GET /v1/files lists yours", param=param)
     return row
+
+
+def visible() -> ColumnElement[bool]:
+    """Of a query: files that have not expired."""
+    return or_(File.expires_at.is_(None), File.expires_at > now())
 
 
 def delete(session: Session, project_id: str, file_id: str) -> None:
@@ -80,7 +125,7 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
         .where(
             Job.project_id == project_id,
             (Job.training_file == file_id) | (Job.validation_file == file_id),
-            Job.status.not_in(TERMINAL),
+            Job.status.in_(LIVE),
         )
         .limit(1)
     )
@@ -89,14 +134,60 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
     session.delete(row)
 
 
+def find_expired(session: Session, limit: int) -> list[str]:
+    """Ids of files to `remove_expired`, oldest first."""
+    return list(session.scalars(select(File.id).where(*_removable()).order_by(File.expires_at).limit(limit)))
+
+
+def remove_expired(session: Session, file_ids: Collection[str]) -> list[str]:
+    """Remove the rows of those that have expired and that no live job needs; the caller removes the bytes after the
+    commit. Returns their ids. Files that another sweep is about to remove are left to it."""
+    # Locked first, and looked at in a second statement: a job that is being created holds a shared lock on its files,
+    # and only a statement that begins after its commit sees it.
+    locked = session.scalars(select(File.id).where(File.id.in_(file_ids)).with_for_update(skip_locked=True)).all()
+    return list(session.scalars(delete_rows(File).where(File.id.in_(locked), *_removable()).returning(File.id)))
+
+
+def _removable() -> tuple[ColumnElement[bool], ...]:
+    of_live_jobs: CompoundSelect[tuple[str | None]] = union(
+        select(Job.training_file).where(Job.status.in_(LIVE)),
+        select(Job.validation_file).where(Job.status.in_(LIVE), Job.validation_file.is_not(None)),
+    )
+    return File.expires_at <= now(), File.id.not_in(of_live_jobs)
+
+
+@contextmanager
+def row_follows(settings: Settings, object_id: str) -> Iterator[None]:
+    """Around storing the bytes of a file or a part and committing its row: neither stays without the other.
+
+    If the block raises, the bytes go, unless nobody knows whether it committed: then the sweep decides.
+
+    Raises:
+        Unavailable: this process stood still for so long before its commit that the bytes were taken for garbage.
+    """
+    try:
+        yield
+    except UNAVAILABLE:
+        raise  # the commit may yet take effect; if it does not, the sweep finds the bytes
+    except BaseException:
+        discard_bytes(settings, object_id)
+        raise
+    with suppress(storage.StorageUnavailable):  # nothing can be said, and all but certainly they are there
+        if not storage.has_file(settings, object_id):
+            with transaction() as session:
+                for model in (File, UploadPart):
+                    session.execute(delete_rows(model).where(model.id == object_id))
+            raise Unavailable("storing the bytes took so long that they are gone again; send them once more")
+
+
 def discard_bytes(settings: Settings, file_id: str) -> None:
-    """Remove bytes whose row could not be written, unless the row is there after all.
+    """Remove bytes of a file or a part whose row could not be written, unless the row is there after all.
 
     A commit whose confirmation was lost has taken effect; then, and while the database can't be asked, bytes stay.
     """
     try:
         with reading() as session:
-            known = session.get(File, file_id) is not None
+            known = any(session.get(model, file_id) is not None for model in (File, UploadPart))
     except SQLAlchemyError:
         return
     if not known:

@@ -108,6 +108,8 @@ class Upload(Base):
     expires_at: Mapped[float]
     file_id: Mapped[str | None] = mapped_column(String(64))
     """Of the file it became."""
+    completion_sha256: Mapped[str | None] = mapped_column(String(64))
+    """Of the part ids (and md5) it was completed with: a client that lost the answer asks again with the same."""
     file_expires_after_s: Mapped[int | None]
 
     __table_args__ = (Index("uploads_by_status", "status", "expires_at"),)

@@ -153,6 +153,7 @@ class FileObject(BaseModel):
             purpose=row.purpose,
             status=row.status,
             status_details=row.status_details,
+            expires_at=_seconds(row.expires_at),
             anneal={"format": row.format, "rows": row.rows, "sha256": row.sha256},
         )
 

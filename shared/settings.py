@@ -76,7 +76,9 @@ class Settings(BaseSettings):
     """Bytes in storage that no row names are removed once they are this old; younger ones may still get their row."""
 
     max_upload_bytes: int = 512 * 2**20
-    """Largest file accepted."""
+    """Largest file accepted in one request."""
+    max_large_upload_bytes: int = Field(default=8 * BYTES_PER_GIB, gt=0)
+    """Largest file accepted in parts (`/v1/uploads`)."""
     inline_validation_bytes: int = 4 * 2**20
     """Uploads up to this size are validated before the answer; larger ones by `worker batch`."""
 

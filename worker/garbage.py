@@ -9,11 +9,11 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from sqlalchemy import select
+from sqlalchemy import select, union_all
 
 from shared import storage
 from shared.db import reading
-from shared.models import Checkpoint, File, Job, JobStatus, Model
+from shared.models import Checkpoint, File, Job, JobStatus, Model, UploadPart
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ def collect(settings: Settings, instance: str) -> int:
     old_files = (file_id for file_id, age_s in storage.list_files(settings) if age_s >= settings.garbage_age_s)
     while batch := list(islice(old_files, BATCH)):
         for file_id in _without_row(batch):
+            if not _without_row([file_id]):
+                continue  # its row came while others were removed: looked for again at the last moment
             log.info("file %s has no row and is removed", file_id)
             storage.delete_file(settings, file_id)
             removed += 1
@@ -70,8 +72,10 @@ def _may_claim(settings: Settings) -> bool:
 
 
 def _without_row(file_ids: list[str]) -> set[str]:
+    """Those that are neither a file's bytes nor those of a part of an upload."""
     with reading() as session:
-        known = set(session.scalars(select(File.id).where(File.id.in_(file_ids))))
+        owners = (select(model.id).where(model.id.in_(file_ids)) for model in (File, UploadPart))
+        known = set(session.scalars(union_all(*owners)))
     return set(file_ids) - known
 
 

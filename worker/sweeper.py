@@ -21,7 +21,7 @@ from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES, make_celery, send
 from shared.redis_client import connect
 from shared.settings import Settings
-from worker import garbage
+from worker import expiry, garbage
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Sweeper:
             log.warning("pass skipped, the database said: %s", error)
             return
         self._start("hints", self._try_to_resend_hints)
+        self._start("expiry", self.remove_expired)
         is_due = time.monotonic() - self._collected_at > min(COLLECT_EVERY_S, self._settings.garbage_age_s)
         if is_due and self._start("garbage", self.collect_garbage):
             self._collected_at = time.monotonic()
@@ -97,6 +98,14 @@ class Sweeper:
                 under_way = int(self._redis.llen(QUEUE_OF[hint]))  # kombu keeps a queue as a list of that name
                 for _ in range(min(waiting, MOST_HINTS) - under_way):
                     send(self._celery, hint)
+
+    def remove_expired(self) -> int:
+        """Remove files, uploads and answers that have had their time. Returns how many files and parts that were."""
+        try:
+            return expiry.remove_expired(self._settings)
+        except (SQLAlchemyError, AppError, OSError) as error:
+            log.warning("not everything that expired is removed: %s", error)
+            return 0
 
     def collect_garbage(self) -> int:
         """Remove bytes that no row names. Returns how many files and folders that were."""

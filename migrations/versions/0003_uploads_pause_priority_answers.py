@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(53), nullable=False),
         sa.Column("expires_at", sa.Float(53), nullable=False),
         sa.Column("file_id", sa.String(64)),
+        sa.Column("completion_sha256", sa.String(64)),
         sa.Column("file_expires_after_s", sa.BigInteger),
     )
     op.create_index("uploads_by_status", "uploads", ["status", "expires_at"])

@@ -64,6 +64,11 @@ def open_file(settings: Settings, file_id: str, *, sha256: str | None = None) ->
     return _storage(settings).open_file(file_id, sha256)
 
 
+def has_file(settings: Settings, file_id: str) -> bool:
+    """Whether the file is in storage now."""
+    return _storage(settings).has_file(file_id)
+
+
 def delete_file(settings: Settings, file_id: str) -> None:
     """Remove a file, if it is there."""
     _storage(settings).delete_file(file_id)

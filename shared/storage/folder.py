@@ -89,6 +89,9 @@ class FolderStorage:
 
         return chunks()
 
+    def has_file(self, file_id: str) -> bool:
+        return self.file_path(file_id).is_file()
+
     def delete_file(self, file_id: str) -> None:
         self.file_path(file_id).unlink(missing_ok=True)
 

@@ -114,6 +114,13 @@ class ObjectStorage:
 
         return checked()
 
+    def has_file(self, file_id: str) -> bool:
+        try:
+            self._keys.size(_file_key(file_id))
+        except FileNotFoundError:
+            return False
+        return True
+
     def delete_file(self, file_id: str) -> None:
         self._keys.remove(_file_key(file_id))
         self._cache.drop(_file_key(file_id))

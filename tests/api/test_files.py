@@ -97,10 +97,14 @@ def test_a_wrong_purpose_is_named(client: TestClient, data: dict[str, str], para
 
 
 def test_a_field_that_does_nothing_is_refused_and_not_ignored(client: TestClient, settings: Settings) -> None:
-    data = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    data = {"purpose": "fine-tune", "expires_after[anchors]": "created_at"}
     answer = client.post("/v1/files", files={"file": ("a.jsonl", jsonl([chat_row()]))}, data=data)
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "expires_after[anchor]"
+    assert answer.json()["error"]["param"] == "expires_after[anchors]"
+    twice = [("file", ("a.jsonl", jsonl([chat_row()]))), ("file", ("b.jsonl", jsonl([chat_row()])))]
+    answer = client.post("/v1/files", files=twice, data={"purpose": "fine-tune"})
+    assert answer.status_code == 400
+    assert "sent twice" in answer.json()["error"]["message"]
     assert stored(settings) == []
 
 
@@ -120,7 +124,36 @@ def test_files_are_listed_newest_first_and_paged_without_gaps(client: TestClient
     assert (first["has_more"], second["has_more"]) == (True, False)
     oldest = client.get("/v1/files", params={"order": "asc"}).json()
     assert [file["id"] for file in oldest["data"]] == ids
-    assert client.get("/v1/files", params={"after": "file-nope"}).status_code == 400
+    gone = client.delete(f"/v1/files/{ids[0]}").json()["id"]
+    for after in ("file-nope", gone):
+        answer = client.get("/v1/files", params={"after": after})
+        assert answer.status_code == 400
+        assert after in answer.json()["error"]["message"] and answer.json()["error"]["param"] == "after"
+
+
+def test_a_list_of_files_takes_openais_bounds_and_purposes(client: TestClient) -> None:
+    upload(client, b"x", purpose="user_data")
+    wanted = upload(client)["id"]
+    listed = client.get("/v1/files", params={"limit": 10_000, "purpose": "fine-tune"}).json()
+    assert [file["id"] for file in listed["data"]] == [wanted]
+    for limit in (0, 10_001):
+        assert client.get("/v1/files", params={"limit": limit}).status_code == 400
+
+
+def test_the_default_page_holds_more_than_a_hundred_files(client: TestClient) -> None:
+    for _ in range(101):
+        upload(client, b"x", purpose="user_data")
+    listed = client.get("/v1/files").json()
+    assert (len(listed["data"]), listed["has_more"]) == (101, False)
+
+
+def test_files_that_come_and_go_while_paging_hide_none_and_repeat_none(client: TestClient) -> None:
+    ids = [upload(client, b"x", purpose="user_data")["id"] for _ in range(6)]
+    first = client.get("/v1/files", params={"limit": 2}).json()
+    upload(client, b"x", purpose="user_data")
+    client.delete(f"/v1/files/{ids[5]}")
+    rest = client.get("/v1/files", params={"limit": 100, "after": first["last_id"]}).json()
+    assert [file["id"] for file in first["data"] + rest["data"]] == ids[::-1]
 
 
 def test_a_deleted_file_is_gone_with_its_bytes(client: TestClient, settings: Settings) -> None:

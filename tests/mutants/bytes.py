@@ -159,8 +159,8 @@ BYTES = (
     ),
     guard(
         "bytes of a refused upload are removed",
-        "api/files.py",
-        "        files.discard_bytes(settings, file_id)\n",
+        "shared/files.py",
+        "        discard_bytes(settings, object_id)\n",
         "        pass\n",
         pytest("tests/api/test_files.py::test_a_bad_file_is_refused_with_its_line_and_leaves_nothing"),
     ),

@@ -1,0 +1,229 @@
+"""What the sweep removes when its time has come, and what it leaves."""
+
+import threading
+import time
+
+import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from shared import answers, files, jobs, storage, uploads
+from shared.db import now, reading, transaction
+from shared.ids import new_id
+from shared.models import Answer, Creation, File, FileStatus, Job, Upload, UploadPart, UploadStatus
+from shared.schemas import JobCreate
+from shared.settings import Settings
+from shared.upload_schemas import UploadCreate
+from worker import expiry, garbage
+from worker.sweeper import Sweeper
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DAY_S = 86_400
+
+
+def make_file(settings: Settings, *, expires_after_s: int | None = 3600) -> str:
+    file_id = new_id("file")
+    stored = storage.save_file(settings, file_id, [b"x"], max_bytes=1)
+    with transaction() as session:
+        files.create(
+            session,
+            file_id=file_id,
+            project_id="default",
+            filename="a.jsonl",
+            purpose="fine-tune",
+            size_bytes=stored.bytes,
+            sha256=stored.sha256,
+            status=FileStatus.PROCESSED,
+            expires_after_s=expires_after_s,
+        )
+    return file_id
+
+
+def make_upload(settings: Settings, parts: int) -> tuple[str, list[str]]:
+    request = UploadCreate(filename="a", purpose="user_data", bytes=parts, mime_type="text/plain")
+    part_ids = [new_id("part", "_") for _ in range(parts)]
+    with transaction() as session:
+        upload_id = uploads.create(session, "default", request).id
+    for part_id in part_ids:
+        stored = storage.save_file(settings, part_id, [b"x"], max_bytes=1)
+        with transaction() as session:
+            uploads.add_part(session, "default", upload_id, part_id, stored)
+    return upload_id, part_ids
+
+
+def pass_by(session: Session, model: type[File] | type[Upload], *object_ids: str) -> None:
+    session.execute(update(model).where(model.id.in_(object_ids)).values(expires_at=now() - 1))
+
+
+def submit(session: Session, file_id: str, **more: str) -> str:
+    return jobs.submit(session, "default", JobCreate(model=MODEL, training_file=file_id, **more)).id
+
+
+def ids(model: type[File] | type[UploadPart]) -> set[str]:
+    with reading() as session:
+        return set(session.scalars(select(model.id)))
+
+
+def stored_files(settings: Settings) -> set[str]:
+    return {file_id for file_id, _ in storage.list_files(settings)}
+
+
+def test_an_expired_file_goes_with_its_bytes_and_no_other(settings: Settings) -> None:
+    expired, young, eternal = make_file(settings), make_file(settings), make_file(settings, expires_after_s=None)
+    assert expiry.remove_expired(settings) == 0
+    with transaction() as session:
+        pass_by(session, File, expired)
+    assert expiry.remove_expired(settings) == 1
+    assert ids(File) == stored_files(settings) == {young, eternal}
+
+
+@pytest.mark.parametrize("status", ["validating_files", "queued", "running", "paused"])
+@pytest.mark.parametrize("key", ["training_file", "validation_file"])
+def test_an_expired_file_stays_while_a_live_job_needs_it(settings: Settings, status: str, key: str) -> None:
+    needed, other = make_file(settings), make_file(settings, expires_after_s=None)
+    with transaction() as session:
+        job_id = submit(session, needed) if key == "training_file" else submit(session, other, validation_file=needed)
+        session.execute(update(Job).values(status=status))
+        pass_by(session, File, needed)
+    assert expiry.remove_expired(settings) == 0
+    assert ids(File) == stored_files(settings) == {needed, other}
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(status="cancelled"))
+    assert expiry.remove_expired(settings) == 1
+    assert ids(File) == stored_files(settings) == {other}
+
+
+def test_a_file_that_expires_while_a_job_is_created_with_it_is_kept(settings: Settings) -> None:
+    """The sweep comes after the expiry and before the job is committed."""
+    file_id = make_file(settings)
+    with transaction() as session:
+        session.execute(update(File).values(expires_at=now() + 0.3))
+    swept = threading.Thread(target=sweep_repeatedly, args=([file_id], 1.0))
+    with transaction() as session:
+        submit(session, file_id)
+        swept.start()
+        time.sleep(0.6)
+    swept.join()
+    assert ids(File) == {file_id}
+
+
+def sweep_repeatedly(file_ids: list[str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with transaction() as session:
+            files.remove_expired(session, file_ids)
+        time.sleep(0.01)
+
+
+def test_an_upload_that_was_not_completed_within_its_hour_expires_with_its_parts(settings: Settings) -> None:
+    (late, late_parts), (_, parts) = make_upload(settings, 3), make_upload(settings, 2)
+    assert expiry.remove_expired(settings) == 0
+    with transaction() as session:
+        pass_by(session, Upload, late)
+    assert expiry.remove_expired(settings) == 3
+    with reading() as session:
+        assert session.get_one(Upload, late).status == UploadStatus.EXPIRED
+    assert ids(UploadPart) == stored_files(settings) == set(parts)
+    assert not set(late_parts) & stored_files(settings)
+
+
+def test_a_completed_upload_never_expires(settings: Settings) -> None:
+    upload_id, _ = make_upload(settings, 1)
+    with transaction() as session:
+        session.execute(update(Upload).values(status=UploadStatus.COMPLETED))
+        pass_by(session, Upload, upload_id)
+    assert expiry.remove_expired(settings) == 0
+    with reading() as session:
+        assert session.get_one(Upload, upload_id).status == UploadStatus.COMPLETED
+
+
+def test_parts_of_a_pending_upload_are_no_garbage_and_lost_bytes_are(settings: Settings) -> None:
+    impatient = settings.model_copy(update={"garbage_age_s": 0})
+    _, parts = make_upload(settings, 2)
+    sweeper = Sweeper(impatient)
+    sweeper.expire_leases()
+    assert sweeper.collect_garbage() == 0
+    storage.save_file(settings, new_id("part", "_"), [b"its row was never written"], max_bytes=100)
+    assert sweeper.collect_garbage() == 1
+    assert stored_files(settings) == set(parts)
+
+
+def test_a_row_that_comes_while_garbage_is_collected_keeps_its_bytes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = settings.model_copy(update={"garbage_age_s": 0})
+    assert garbage.collect(impatient, "this database") == 0
+    first, second = "file-1", "file-2"
+    for file_id in (first, second):
+        storage.save_file(settings, file_id, [b"x"], max_bytes=1)
+    delete_file = storage.delete_file
+
+    def and_meanwhile_the_other_gets_its_row(given: Settings, file_id: str) -> None:
+        delete_file(given, file_id)
+        other = second if file_id == first else first
+        with transaction() as session:
+            files.create(
+                session,
+                file_id=other,
+                project_id="default",
+                filename="a",
+                purpose="user_data",
+                size_bytes=1,
+                sha256="",
+                status=FileStatus.PROCESSED,
+            )
+
+    monkeypatch.setattr(storage, "delete_file", and_meanwhile_the_other_gets_its_row)
+    assert garbage.collect(impatient, "this database") == 1
+    assert ids(File) == stored_files(settings)
+
+
+def test_answers_go_after_a_day_and_creations_after_an_hour(settings: Settings) -> None:
+    ages_s = (DAY_S + 60, DAY_S - 60, 3600 + 60, 3600 - 60)
+    with transaction() as session:
+        for age_s in ages_s:
+            answers.keep(session, answers.Request("default", "POST /v1/files", str(age_s), "0"), 200, "{}")
+            session.execute(update(Answer).where(Answer.key == str(age_s)).values(created_at=now() - age_s))
+            answers.remember_creation(session, "default", "0", str(age_s), "{}")
+            session.execute(update(Creation).where(Creation.object_id == str(age_s)).values(created_at=now() - age_s))
+    expiry.remove_expired(settings)
+    with reading() as session:
+        assert set(session.scalars(select(Answer.key))) == {str(age_s) for age_s in ages_s[1:]}
+        assert set(session.scalars(select(Creation.object_id))) == {str(ages_s[3])}
+
+
+def test_any_number_of_sweeps_remove_everything_once_in_bounded_steps(settings: Settings) -> None:
+    with transaction() as session:
+        for number in range(expiry.MOST_FILES + 50):
+            files.create(
+                session,
+                file_id=f"file-{number}",
+                project_id="default",
+                filename="a",
+                purpose="user_data",
+                size_bytes=1,
+                sha256="",
+                status=FileStatus.PROCESSED,
+                expires_after_s=-1,
+            )
+    assert expiry.remove_expired(settings) == expiry.MOST_FILES
+    removed: list[int] = []
+    threads = [threading.Thread(target=lambda: removed.append(expiry.remove_expired(settings))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(removed) == 50
+    with reading() as session:
+        assert session.scalar(select(func.count()).select_from(File)) == 0
+
+
+def test_a_pass_of_the_sweep_removes_what_expired(settings: Settings) -> None:
+    file_id = make_file(settings)
+    with transaction() as session:
+        pass_by(session, File, file_id)
+    Sweeper(settings).sweep()
+    for thread in threading.enumerate():
+        if thread.name == "expiry":
+            thread.join()
+    assert ids(File) == stored_files(settings) == set()
