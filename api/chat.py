@@ -17,6 +17,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from api.answer_schemas import ChatCompletion, also_streams
 from api.chat_schema import ChatRequest
 from api.deps import Caller
 from shared import model_registry
@@ -42,9 +43,9 @@ async def lifespan(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
         yield
 
 
-@router.post("/chat/completions", response_model=None)
+@router.post("/chat/completions", response_model=None, responses=also_streams(ChatCompletion, "a chunk"))
 async def create_chat_completion(spec: ChatRequest, caller: Caller, request: Request) -> Response:
-    """Let a model answer a conversation."""
+    """Let a model answer a conversation. `stream=true`: server-sent events, one for each piece of text, to `[DONE]`."""
     client: GenerationClient = request.app.state.generation
     model = await run_in_threadpool(_find, caller.project_id, spec.model)
     answer = await client.submit(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import null, select
 
+from api.answer_schemas import CSV, JobMetrics
 from api.deps import Caller, OutboxDep
 from api.idempotency import OnceDep
 from api.paging import After, Limit, page
@@ -33,6 +34,7 @@ def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep, once: Once
 
 @router.get("")
 def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After = None) -> Page[FineTuningJob]:
+    """The project's jobs, newest first; `metadata[key]=value` chooses some, `metadata=null` those without any."""
     query = select(Job).where(Job.project_id == caller.project_id)
     for key, value in request.query_params.multi_items():
         if key.startswith("metadata[") and key.endswith("]"):
@@ -49,6 +51,7 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
+    """A job as it is now."""
     with reading() as session:
         return FineTuningJob.of(jobs.get(session, caller.project_id, job_id))
 
@@ -64,6 +67,7 @@ def cancel_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
 
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(job_id: str, caller: Caller, limit: Limit = 10, after: After = None) -> Page[JobCheckpoint]:
+    """The job's checkpoints, newest first. Each can be used as a model by name."""
     with reading() as session:
         job = jobs.get(session, caller.project_id, job_id)
         rows = checkpoints.newest_first(session, job_id)
@@ -77,7 +81,7 @@ def list_checkpoints(job_id: str, caller: Caller, limit: Limit = 10, after: Afte
     return Page.of(data, len(rows) > limit, [row.id for row in data])
 
 
-@router.get("/{job_id}/metrics", response_model=None)
+@router.get("/{job_id}/metrics", response_model=None, responses={200: {"model": JobMetrics, "content": CSV}})
 def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "json") -> dict[str, Any] | Response:
     """The whole curve, one row a logged step."""
     with reading() as session:

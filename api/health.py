@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from api.answer_schemas import Liveness, Readiness
 from shared.db import reading
 
 router = APIRouter(prefix="/health", tags=["health"])
@@ -18,11 +19,12 @@ CHECK_TIMEOUT_S = 3
 
 
 @router.get("/live")
-async def live() -> dict[str, str]:
-    return {"status": "ok"}
+async def live() -> Liveness:
+    """Whether the process answers."""
+    return Liveness(status="ok")
 
 
-@router.get("/ready")
+@router.get("/ready", response_model=None, responses={200: {"model": Readiness}, 503: {"model": Readiness}})
 async def ready(request: Request) -> JSONResponse:
     """200 if jobs can be taken and followed; 503 with what is missing otherwise."""
     checks: dict[str, Any] = {

@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from sqlalchemy import select
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from api.answer_schemas import JobEvent, also_streams
 from api.deps import Caller
 from api.paging import After
 from shared import events, jobs
@@ -33,7 +34,7 @@ SEND_TIMEOUT_S = 30
 """A client that takes nothing for so long is dropped; it comes back with Last-Event-ID."""
 
 
-@router.get("/{job_id}/events", response_model=None)
+@router.get("/{job_id}/events", response_model=None, responses=also_streams(Page[JobEvent], "an event"))
 async def list_events(
     request: Request,
     job_id: str,
