@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from shared.model_registry import NamedModel, checkpoint_name
-from shared.models import Checkpoint, File, Job
+from shared.models import Checkpoint, File, FileStatus, Job, JobStatus
 from shared.text import first_unstorable
 from shared.training_spec import QUANTIZED_FULL, TrainingSpec
 
@@ -138,7 +138,7 @@ class FileObject(BaseModel):
     created_at: int
     filename: str
     purpose: str
-    status: str
+    status: FileStatus
     status_details: str | None = None
     expires_at: int | None = None
     anneal: dict[str, Any] | None = None
@@ -185,6 +185,23 @@ class JobError(BaseModel):
     param: str | None = None
 
 
+class ShownHyperparameters(BaseModel):
+    """OpenAI's three: numbers once the trainer has settled them, "auto" until then."""
+
+    batch_size: int | Auto
+    learning_rate_multiplier: float | Auto
+    n_epochs: int | Auto
+
+
+class ShownSupervised(BaseModel):
+    hyperparameters: ShownHyperparameters
+
+
+class ShownMethod(BaseModel):
+    type: Literal["supervised"] = "supervised"
+    supervised: ShownSupervised
+
+
 class FineTuningJob(BaseModel):
     """OpenAI's `fine_tuning.job`; `anneal` holds the resolved choices and where the run is."""
 
@@ -194,28 +211,27 @@ class FineTuningJob(BaseModel):
     error: JobError | None
     fine_tuned_model: str | None
     finished_at: int | None
-    hyperparameters: dict[str, Any]
+    hyperparameters: ShownHyperparameters
     model: str
     organization_id: str
     result_files: list[str]
     seed: int
-    status: str
+    status: JobStatus
     trained_tokens: int | None
     training_file: str
     validation_file: str | None
     estimated_finish: int | None
     integrations: list[Any]
     metadata: dict[str, Any] | None
-    method: dict[str, Any]
+    method: ShownMethod
     anneal: dict[str, Any]
 
     @classmethod
     def of(cls, job: Job) -> Self:
         resolved = job.resolved or {}
-        # Numbers once the trainer has settled them; "auto" until then.
-        hyperparameters = {
-            key: _shown_hyperparameter(key, resolved.get(key, sent)) for key, sent in job.hyperparameters.items()
-        }
+        hyperparameters = ShownHyperparameters(
+            **{key: _shown_hyperparameter(key, resolved.get(key, sent)) for key, sent in job.hyperparameters.items()}
+        )
         return cls(
             id=job.id,
             created_at=int(job.created_at),
@@ -234,7 +250,7 @@ class FineTuningJob(BaseModel):
             estimated_finish=_seconds(job.estimated_finish),
             integrations=[],
             metadata=job.job_metadata,
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            method=ShownMethod(supervised=ShownSupervised(hyperparameters=hyperparameters)),
             anneal={
                 "training": {**job.training, **(job.adapted or {}), **resolved},
                 "adapted": job.adapted,
