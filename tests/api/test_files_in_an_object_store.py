@@ -58,6 +58,26 @@ def test_a_bad_file_is_refused_and_leaves_nothing(s3_client: TestClient, bucket:
     assert keys(bucket) == []
 
 
+def test_a_file_comes_in_parts(s3_client: TestClient, bucket: str) -> None:
+    content = jsonl([chat_row("x" * 1000)] * 100)
+    body = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": len(content), "mime_type": "text/jsonl"}
+    upload_id = s3_client.post("/v1/uploads", json=body).json()["id"]
+    parts = [
+        s3_client.post(f"/v1/uploads/{upload_id}/parts", files={"data": piece}).json()["id"]
+        for piece in (content[:40_000], content[40_000:])
+    ]
+    assert keys(bucket) == sorted(f"anneal/files/{part}" for part in parts)
+    missing = boto3.client("s3").get_object(Bucket=bucket, Key=f"anneal/files/{parts[0]}")["Body"].read()
+    boto3.client("s3").delete_object(Bucket=bucket, Key=f"anneal/files/{parts[0]}")
+    refused = s3_client.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": parts})
+    assert refused.status_code == 400 and parts[0] in refused.json()["error"]["message"]
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"anneal/files/{parts[0]}", Body=missing)
+    done = s3_client.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": parts}).json()
+    assert done["file"]["anneal"]["rows"] == 100
+    assert keys(bucket) == [f"anneal/files/{done['file']['id']}"]
+    assert s3_client.get(f"/v1/files/{done['file']['id']}/content").content == content
+
+
 def test_a_large_file_is_checked_by_the_worker(s3_client: TestClient, s3_settings: Settings) -> None:
     file = upload(s3_client, jsonl([chat_row("x" * 1000)] * 9000))
     assert file["bytes"] > PART_BYTES
