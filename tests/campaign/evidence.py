@@ -130,6 +130,10 @@ def collect(database_url: str, settings: Settings, journal_dir: Path) -> Evidenc
     return Evidence(jobs, results, tuple(without_bytes), tuple(without_rows))
 
 
+PLACES = (("files", 1), ("checkpoints", 3), (".incoming", 1))
+"""Folders of storage, and how deep below each its files or checkpoints are."""
+
+
 def compare_storage(database_url: str, settings: Settings) -> tuple[list[str], list[str]]:
     """(rows whose bytes are missing, bytes that no row names), as paths relative to storage."""
     with Session(engine_of(database_url)) as session:
@@ -137,10 +141,19 @@ def compare_storage(database_url: str, settings: Settings) -> tuple[list[str], l
         rows |= set(session.scalars(select(Checkpoint.location)))
         rows |= set(session.scalars(select(Model.location)))
     root = settings.storage_root
-    found = {f"files/{path.name}" for path in root.glob("files/*")}
-    found |= {path.relative_to(root).as_posix() for path in root.glob("checkpoints/*/*/*")}
-    found |= {path.relative_to(root).as_posix() for path in root.glob(".incoming/*")}
+    found = {path.relative_to(root).as_posix() for place, depth in PLACES for path in _below(root / place, depth)}
     return sorted(rows - found), sorted(found - rows)
+
+
+def _below(folder: Path, depth: int) -> list[Path]:
+    """What lies that deep below a folder from which others may be removing things."""
+    if not depth:
+        return [folder]
+    try:
+        entries = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for entry in entries for path in _below(entry, depth - 1)]
 
 
 def _checkpoint(settings: Settings, row: Checkpoint) -> CheckpointRow:
