@@ -44,7 +44,7 @@ def check_key(settings: Settings, authorization: str) -> None:
 
 
 def _identify(request: Request, settings: SettingsDep) -> Identity:
-    """The project behind the bearer token, which `api.app.Envelope` has checked before the body was read."""
+    """The project behind the bearer token, which `api.envelope.Envelope` has checked before the body was read."""
     check_key(settings, request.headers.get("authorization", ""))
     return Identity(DEFAULT_PROJECT)
 

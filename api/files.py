@@ -141,7 +141,6 @@ def delete_file(file_id: str, caller: Caller, settings: SettingsDep) -> Deleted:
     with transaction() as session:
         files.delete(session, caller.project_id, file_id)
         answers.forget_creation(session, file_id)
-        answers.forget_creation(session, file_id)
     try:
         storage.delete_file(settings, file_id)
     except storage.StorageUnavailable as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy.engine import make_url
 
 from api.app import create_app
 from api.envelope import MAX_JSON_BODY_BYTES
@@ -232,10 +233,13 @@ def test_a_database_that_is_away_is_a_503_to_come_back_to(
 
 
 def test_a_database_without_our_tables_says_what_to_run(
-    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ANNEAL_DATABASE_URL", f"sqlite:///{tmp_path / 'empty.db'}")
+    url = make_url(str(settings.database_url))
+    empty = str(tmp_path / "empty.db") if url.drivername == "sqlite" else "postgres"
+    monkeypatch.setenv("ANNEAL_DATABASE_URL", url.set(database=empty).render_as_string(hide_password=False))
     get_settings.cache_clear()
     db.reset()
-    error = is_openai_error(client.get("/v1/files"), 500)
-    assert "anneal migrate" in error["message"]
+    answer = client.get("/v1/files")
+    assert "anneal migrate" in is_openai_error(answer, 500)["message"]
+    assert answer.headers["x-should-retry"] == "false"
