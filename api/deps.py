@@ -1,4 +1,4 @@
-"""What routes ask for: the caller, the settings, the outbox."""
+"""What routes ask for: the caller, the settings, the outbox. Async, or FastAPI would run each in a thread."""
 
 import hmac
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Identity:
     project_id: str
 
 
-def get_settings_of(request: Request) -> Settings:
+async def get_settings_of(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
@@ -43,7 +43,7 @@ def check_key(settings: Settings, authorization: str) -> None:
         raise Unauthorized("the API key is not valid here; use the value of ANNEAL_API_KEY")
 
 
-def _identify(request: Request, settings: SettingsDep) -> Identity:
+async def _identify(request: Request, settings: SettingsDep) -> Identity:
     """The project behind the bearer token, which `api.envelope.Envelope` has checked before the body was read."""
     check_key(settings, request.headers.get("authorization", ""))
     return Identity(DEFAULT_PROJECT)
@@ -52,7 +52,7 @@ def _identify(request: Request, settings: SettingsDep) -> Identity:
 Caller = Annotated[Identity, Depends(_identify)]
 
 
-def _outbox(request: Request) -> Outbox:
+async def _outbox(request: Request) -> Outbox:
     outbox: Outbox = request.app.state.outbox
     return outbox
 

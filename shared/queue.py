@@ -8,6 +8,8 @@ Redis: late acknowledgement repeats long tasks and loops poison ones, so acknowl
 import logging
 import queue
 import threading
+import time
+from contextlib import suppress
 
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
@@ -20,6 +22,9 @@ TRAIN = "anneal.train"
 VALIDATE_FILES = "anneal.validate_files"
 QUEUE_OF = {TRAIN: "train", VALIDATE_FILES: "batch"}
 
+BURST = 16
+PACE_S = 0.02
+MOST_WAITING = 64
 SOCKET_TIMEOUT_S = 5
 SOCKET_CONNECT_TIMEOUT_S = 2
 
@@ -62,12 +67,14 @@ def make_celery(settings: Settings) -> Celery:
 class Outbox:
     """Sends hints from a thread of its own, so that no request ever waits for the broker.
 
-    Bounded: while the broker is away, hints beyond a handful are dropped, and the sweep makes up for them.
+    A burst of jobs needs no more hints than there may be idle workers, for each of them works until nothing waits: some
+    go out at once, the next at a pace, those beyond a bound not at all. The last ones to come are always sent.
     """
 
     def __init__(self, celery: Celery) -> None:
         self._celery = celery
-        self._hints: queue.Queue[str | None] = queue.Queue(maxsize=64)
+        self._hints: queue.Queue[str | None] = queue.Queue(maxsize=MOST_WAITING)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
@@ -81,17 +88,26 @@ class Outbox:
 
     def close(self) -> None:
         """Send what waits, for at most a few seconds."""
-        self._put(None)
+        self._closing.set()
+        with suppress(queue.Full):
+            self._hints.put(None, timeout=SOCKET_CONNECT_TIMEOUT_S)
         self._thread.join(timeout=SOCKET_CONNECT_TIMEOUT_S)
 
-    def _put(self, hint: str | None) -> None:
+    def _put(self, hint: str) -> None:
         try:
             self._hints.put_nowait(hint)
         except queue.Full:
-            log.warning("hint %s dropped: the broker is slow or away; the sweep will send it", hint)
+            # As many wait already, and will be sent after the commit that asked for this one.
+            log.debug("hint %s is not needed, or the broker is slow or away", hint)
 
     def _run(self) -> None:
+        allowance, last_at = float(BURST), time.monotonic()
         while (hint := self._hints.get()) is not None:
+            at = time.monotonic()
+            allowance, last_at = min(BURST, allowance + (at - last_at) / PACE_S), at
+            if allowance < 1:
+                self._closing.wait(PACE_S)
+            allowance -= 1
             send(self._celery, hint)
 
 
