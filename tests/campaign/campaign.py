@@ -12,18 +12,21 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared.models import TERMINAL, Checkpoint, Job, JobStatus
-from tests.campaign import loads, procfs, recovery
+from shared.models import TERMINAL, Checkpoint, Job, JobStatus, Upload, UploadStatus
+from tests.campaign import hours, loads, procfs, recovery
 from tests.campaign import plan as plans
 from tests.campaign.chat import Chatter
-from tests.campaign.clients import JobClients, Notebook
+from tests.campaign.clients import JobClients
 from tests.campaign.evidence import Evidence, collect, compare_storage, engine_of
 from tests.campaign.faults import Fault, Injector
+from tests.campaign.findings import Finding, Known
+from tests.campaign.notebook import Notebook, SentUpload
 from tests.campaign.options import CHAT_DEADLINE_S, Options, environment_of, settings_of
+from tests.campaign.parcels import ParcelClient
 from tests.campaign.plan import FaultPlan, JobPlan
 from tests.campaign.postgres import Postgres
 from tests.campaign.service import Service
-from tests.campaign.verdict import Finding, Known, chats_wrong, judge
+from tests.campaign.verdict import chats_wrong, judge
 from tests.campaign.watch import Watch
 
 TICK_S = 0.02
@@ -51,7 +54,7 @@ class Campaign:
         self.times_s: dict[str, float] = {}
         self.began = time.time()
         self._say = say
-        self._plans: dict[int, JobPlan] = {}
+        self.plans: dict[int, JobPlan] = {}
         self._looked_for_ripe_at = 0.0
         self.load = loads.LOADS[options.trainer](options.seed)
         self._postgres = Postgres(self.folder / "postgres") if options.database == "postgresql" else None
@@ -64,6 +67,7 @@ class Campaign:
         self.injector = Injector(self.service, self._postgres, self.folder / "faults.jsonl", self.database_url)
         self.watch = Watch(self.settings.run_dir)
         self.chatter = Chatter(self.service.url) if options.generate else None
+        self.parcels = ParcelClient(self.service.url, self.notebook, options.seed, self._end_hour_of)
         self.clients = JobClients(
             self.service.url,
             self._plan,
@@ -83,13 +87,17 @@ class Campaign:
             self.clients.start()
             if self.chatter is not None:
                 self.chatter.start()
+            if self.options.parcels:
+                self.parcels.start()
             self._strike()
             self.clients.stop()
+            self.parcels.stop()
             self.injector.finish()
             self._mark("struck")
             self._settle()
             self._mark("settled")
             self._answers_again()
+            hours.end_all_hours(self.database_url)
             self._wait_for_collection()
             stubborn = self.service.stop("train", "batch", "api", "generate", "sweep")
             leftovers = self._leftovers()
@@ -111,8 +119,8 @@ class Campaign:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _plan(self, index: int) -> JobPlan:
-        self._plans[index] = self.load.job(index)
-        return self._plans[index]
+        self.plans[index] = self.load.job(index)
+        return self.plans[index]
 
     def _strike(self) -> None:
         """Faults until there were enough, of jobs too."""
@@ -184,7 +192,7 @@ class Campaign:
         """Until every job has ended and every client knows, or nothing has changed for long."""
         before: tuple[int, float] | None = None
         changed_at = looked_at = time.monotonic()
-        while not self.clients.is_done or self._open_jobs() != 0:
+        while not self.clients.is_done or self.parcels.thread.is_alive() or self._open_jobs() != 0:
             self._tend()
             now = time.monotonic()
             if now - looked_at < 1:
@@ -211,6 +219,14 @@ class Campaign:
         except SQLAlchemyError:
             return None
 
+    def _pending_uploads(self) -> int | None:
+        with Session(engine_of(self.database_url)) as session:
+            pending = select(func.count()).select_from(Upload).where(Upload.status == UploadStatus.PENDING)
+            return session.scalar(pending)
+
+    def _end_hour_of(self, upload: SentUpload) -> list[str]:
+        return hours.end_hour_of(self.database_url, self.settings, upload)
+
     def _answers_again(self) -> None:
         if self.chatter is None:
             return
@@ -230,7 +246,7 @@ class Campaign:
         deadline = time.monotonic() + COLLECTED_WITHIN_S
         while time.monotonic() < deadline:
             with contextlib.suppress(SQLAlchemyError):
-                if not any(compare_storage(self.database_url, self.settings)):
+                if not any(compare_storage(self.database_url, self.settings)) and self._pending_uploads() == 0:
                     return
             for _ in range(25):
                 self._tend()
@@ -245,24 +261,30 @@ class Campaign:
             time.sleep(0.1)
 
     def _judge(self, stubborn: list[str]) -> None:
+        told = self.notebook
         known = Known(
-            plans=self._plans,
+            plans=self.plans,
             references=self.load.reference,
-            submitted=self.notebook.submitted,
-            followed=self.notebook.followed,
+            submitted=told.submitted,
+            followed=told.followed,
             damages=self.injector.damages,
+            keyed=told.keyed,
+            files=told.files,
+            uploads=told.uploads,
+            lease_s=self.options.lease_s,
         )
         found = self.findings
         done = (len(self.injector.faults), len(self.evidence.jobs))
         if done[0] < self.options.faults or done[1] < self.options.jobs:
             found.append(Finding("incomplete", "campaign", f"{done[0]} faults and {done[1]} jobs are too few"))
-        found += [Finding("internal_error", "client", what) for what in self.notebook.internal_errors]
+        found += [Finding("internal_error", "client", what) for what in told.internal_errors]
+        found += [Finding("upload_wrong", "pending", what) for what in told.parts_gone]
         found += judge(self.evidence, known)
         found += [Finding("stuck", name, "it did not obey SIGTERM in time") for name in stubborn]
         found += [Finding("stuck", "deploy", what) for what in self.injector.stuck_deploys]
         found += [Finding("two_trainers", "processes", what) for what in self.watch.pairs]
         found += [Finding("orphan", "processes", what) for what in self.watch.orphans]
-        found += [Finding("refused", "client", what) for what in self.notebook.refusals]
+        found += [Finding("refused", "client", what) for what in told.refusals]
         if self.chatter is not None:
             found += chats_wrong(self.chatter.chats, CHAT_LIMIT_S)
         share = recovery.percentile(

@@ -1,99 +1,26 @@
-"""The service's clients, as patient as clients should be: each repeats what failed and looks before it repeats.
+"""The service's clients, as patient as clients should be: each repeats what failed, and none creates anything twice.
 
 Every client notes what it was told; the verdict compares that with the database. Nothing here knows of faults, except
 that connections may break and answers may be late.
 """
 
+import hashlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
+from tests.campaign import parcels
+from tests.campaign.notebook import Followed, Notebook, SentFile, Submitted
+from tests.campaign.patience import AGAIN_AFTER_S, PATIENCE_S, REQUEST_TIMEOUT_S, Client, GaveUp
 from tests.campaign.plan import BASE_MODEL, VALIDATION_FILE, JobPlan
 
 ENDED = ("succeeded", "failed", "cancelled")
-REQUEST_TIMEOUT_S = 15
-PATIENCE_S = 180
-"""A request that is not answered for so long is given up."""
-AGAIN_AFTER_S = 0.3
 POLL_S = 0.4
-
-
-class GaveUp(Exception):
-    """The service refused, or kept failing beyond all patience."""
-
-
-class Client:
-    """HTTP with repetition."""
-
-    def __init__(self, url: str, notebook: "Notebook") -> None:
-        self._notebook = notebook
-        self._http = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S)
-
-    def call(self, method: str, path: str, *, expect: tuple[int, ...] = (200,), **keywords: Any) -> httpx.Response:
-        """One request, repeated until it is answered with one of `expect`.
-
-        Raises:
-            GaveUp: the answer is another 4xx, or nothing else came within `PATIENCE_S`.
-        """
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                answer = self._http.request(method, path, **keywords)
-            except httpx.TransportError as error:
-                problem = repr(error)
-            else:
-                if answer.status_code in expect:
-                    return answer
-                problem = f"{answer.status_code} {answer.text[:500]}"
-                self.check(answer)
-                if answer.status_code < 500 and answer.status_code != 429:
-                    raise GaveUp(f"{method} {path}: {problem}")
-            if time.monotonic() > deadline:
-                raise GaveUp(f"{method} {path}: {problem}, for {PATIENCE_S} s")
-            time.sleep(AGAIN_AFTER_S)
-
-    def check(self, answer: httpx.Response) -> None:
-        """An outage is answered with 503; a 500 is a mistake of ours."""
-        if answer.status_code == 500:
-            with self._notebook.lock:
-                self._notebook.internal_errors.append(f"{answer.request.method} {answer.request.url}: {answer.text}")
-
-
-@dataclass
-class Submitted:
-    """A job a client knows of."""
-
-    plan: JobPlan
-    job_id: str
-    cancel_answer: str | None = None
-    """The status in the answer to its cancellation: `conflict` if it had ended by then."""
-    last_seen: str = ""
-
-
-@dataclass
-class Followed:
-    """What somebody read on a job's live stream, over however many connections."""
-
-    job_id: str
-    numbers: list[int] = field(default_factory=list)
-    is_complete: bool = False
-    connections: int = 0
-
-
-class Notebook:
-    """What all clients were told."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.submitted: list[Submitted] = []
-        self.followed: list[Followed] = []
-        self.refusals: list[str] = []
-        self.internal_errors: list[str] = []
-        self.sent = 0
+JOBS = "/v1/fine_tuning/jobs"
 
 
 class JobClients:
@@ -154,18 +81,20 @@ class JobClients:
         return self._make_plan(index)
 
     def _see_through(self, client: Client, plan: JobPlan) -> None:
-        submitted = submit(client, plan)
+        submitted = submit(client, self._notebook, plan)
         with self._notebook.lock:
             self._notebook.submitted.append(submitted)
         created = time.monotonic()
         if plan.is_followed:
             self._follow(submitted.job_id)
-        path = f"/v1/fine_tuning/jobs/{submitted.job_id}"
+        path = f"{JOBS}/{submitted.job_id}"
+        if plan.pause_after_s is not None:
+            time.sleep(plan.pause_after_s)
+            _pause(client, submitted)
         while time.monotonic() - created < self._patience_s:
             if plan.cancel_after_s is not None and submitted.cancel_answer is None:
                 time.sleep(max(0.0, plan.cancel_after_s - (time.monotonic() - created)))
-                answer = client.call("POST", f"{path}/cancel", expect=(200, 409))
-                submitted.cancel_answer = answer.json()["status"] if answer.status_code == 200 else "conflict"
+                submitted.cancel_answer = _ask(client, path, "cancel")
             submitted.last_seen = client.call("GET", path).json()["status"]
             if submitted.last_seen in ENDED:
                 return
@@ -182,41 +111,74 @@ class JobClients:
         thread.start()
 
 
-def submit(client: Client, plan: JobPlan) -> Submitted:
-    """Upload the files and create the job. An answer that was lost is looked for before the job is created again."""
+def _pause(client: Client, submitted: Submitted) -> None:
+    """Pause a job, leave it alone, and resume it, or cancel it as it is."""
+    plan, path = submitted.plan, f"{JOBS}/{submitted.job_id}"
+    submitted.pause_answer = _ask(client, path, "pause")
+    time.sleep(plan.paused_for_s)
+    if plan.is_cancelled_paused:
+        submitted.cancel_answer = _ask(client, path, "cancel")
+    else:
+        _ask(client, path, "resume")
+
+
+def _ask(client: Client, path: str, verb: str) -> str:
+    """The job's status in the answer; `conflict` if it is too late for that."""
+    answer = client.call("POST", f"{path}/{verb}", expect=(200, 409))
+    return str(answer.json()["status"]) if answer.status_code == 200 else "conflict"
+
+
+def submit(client: Client, notebook: Notebook, plan: JobPlan) -> Submitted:
+    """Send the files and create the job, in the way its client has of creating it once."""
+    draw = random.Random(f"{plan.seed}/{plan.index}")
     body: dict[str, Any] = {
         "model": BASE_MODEL,
-        "training_file": _upload(client, plan.training_file),
+        "training_file": _send(client, notebook, plan, plan.training_file, f"c{plan.index}.jsonl", draw),
         "seed": plan.seed,
         "suffix": f"c{plan.index}",
         "metadata": {"campaign": str(plan.index)},
         "training": {"keep_checkpoints": plan.keep_checkpoints, **plan.training},
     }
     if plan.has_validation_file:
-        body["validation_file"] = _upload(client, VALIDATION_FILE)
+        body["validation_file"] = _send(client, notebook, plan, VALIDATION_FILE, f"c{plan.index}-valid.jsonl", draw)
+    if plan.retry == "key":
+        job_id = client.create_with_key("job", JOBS, f"c{plan.index}", repeats=draw.random() < 0.3, json=body)
+        return Submitted(plan, job_id)
+    if plan.retry == "counts":
+        return Submitted(plan, client.call("POST", JOBS, counts=True, json=body).json()["id"])
+    return Submitted(plan, _look_and_create(client, plan, body))
+
+
+def _look_and_create(client: Client, plan: JobPlan, body: dict[str, Any]) -> str:
+    """An answer that was lost is looked for before the job is created again."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        found = client.call("GET", "/v1/fine_tuning/jobs", params={"metadata[campaign]": str(plan.index)}).json()
+        found = client.call("GET", JOBS, params={"metadata[campaign]": str(plan.index)}).json()
         if found["data"]:
-            return Submitted(plan, found["data"][-1]["id"])
-        try:
-            answer = client._http.post("/v1/fine_tuning/jobs", json=body)
-        except httpx.TransportError:
-            answer = None
+            return str(found["data"][-1]["id"])
+        answer, problem = client.try_once("POST", JOBS, json=body)
         if answer is not None:
             if answer.status_code == 200:
-                return Submitted(plan, answer.json()["id"])
-            client.check(answer)
+                return str(answer.json()["id"])
             if answer.status_code < 500 and answer.status_code != 429:
-                raise GaveUp(f"POST /v1/fine_tuning/jobs: {answer.status_code} {answer.text[:500]}")
+                raise GaveUp(f"POST {JOBS}: {problem}")
         if time.monotonic() > deadline:
-            raise GaveUp(f"POST /v1/fine_tuning/jobs: no answer for {PATIENCE_S} s")
+            raise GaveUp(f"POST {JOBS}: no answer for {PATIENCE_S} s")
         time.sleep(AGAIN_AFTER_S)
 
 
-def _upload(client: Client, content: bytes) -> str:
-    answer = client.call("POST", "/v1/files", files={"file": ("train.jsonl", content)}, data={"purpose": "fine-tune"})
-    return str(answer.json()["id"])
+def _send(client: Client, notebook: Notebook, plan: JobPlan, content: bytes, mark: str, draw: random.Random) -> str:
+    """Upload a file, in one request or in parts. Returns its id."""
+    if plan.is_sent_in_parts:
+        return parcels.send(client, notebook, content, mark, "fine-tune", draw)
+    form: dict[str, Any] = {"files": {"file": (mark, content)}, "data": {"purpose": "fine-tune"}}
+    if plan.retry == "key":
+        file_id = client.create_with_key("file", "/v1/files", mark, repeats=draw.random() < 0.3, **form)
+    else:
+        file_id = str(client.call("POST", "/v1/files", counts=plan.retry == "counts", **form).json()["id"])
+    with notebook.lock:
+        notebook.files.append(SentFile(file_id, hashlib.sha256(content).hexdigest()))
+    return file_id
 
 
 def follow(url: str, followed: Followed, patience_s: float) -> None:
@@ -226,7 +188,7 @@ def follow(url: str, followed: Followed, patience_s: float) -> None:
         while time.monotonic() < deadline:
             followed.connections += 1
             headers = {"Last-Event-ID": str(followed.numbers[-1])} if followed.numbers else {}
-            path = f"/v1/fine_tuning/jobs/{followed.job_id}/events"
+            path = f"{JOBS}/{followed.job_id}/events"
             try:
                 with http.stream("GET", path, params={"stream": "true"}, headers=headers) as answer:
                     if answer.status_code == 200:

@@ -5,7 +5,7 @@ Reads the database and the storage folder of a service that has been stopped. Ju
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from shared import db
 from shared.checkpoint_files import MANIFEST, CorruptCheckpoint, verify
-from shared.models import Checkpoint, Event, File, Job, Metric, Model
+from shared.models import Checkpoint, Event, File, Job, Metric, Model, Upload, UploadPart
 from shared.settings import Settings
 
 
@@ -74,6 +74,23 @@ class JobRecord:
 
 
 @dataclass(frozen=True)
+class FileRow:
+    id: str
+    filename: str
+    sha256: str | None
+    """Of the bytes in storage; None if there are none."""
+
+
+@dataclass(frozen=True)
+class UploadRow:
+    id: str
+    filename: str
+    status: str
+    file_id: str | None
+    parts: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     jobs: tuple[JobRecord, ...]
     result_files: tuple[str, ...]
@@ -82,6 +99,8 @@ class Evidence:
     bytes_without_rows: tuple[str, ...] = ()
     leftovers: tuple[str, ...] = field(default=())
     """Processes of the service after its end."""
+    files: tuple[FileRow, ...] = ()
+    uploads: tuple[UploadRow, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -125,9 +144,21 @@ def collect(database_url: str, settings: Settings, journal_dir: Path) -> Evidenc
             for job in session.scalars(select(Job).order_by(Job.created_at, Job.id))
         )
         files = list(session.scalars(select(File)))
+        parts = Counter(session.scalars(select(UploadPart.upload_id)))
+        uploads = tuple(
+            UploadRow(row.id, row.filename, str(row.status), row.file_id, parts[row.id])
+            for row in session.scalars(select(Upload))
+        )
     results = tuple(file.id for file in files if file.purpose == "fine-tune-results")
     without_bytes, without_rows = compare_storage(database_url, settings)
-    return Evidence(jobs, results, tuple(without_bytes), tuple(without_rows))
+    return Evidence(
+        jobs,
+        results,
+        tuple(without_bytes),
+        tuple(without_rows),
+        files=tuple(FileRow(file.id, file.filename, _sha256(settings, file.id)) for file in files),
+        uploads=uploads,
+    )
 
 
 PLACES = (("files", 1), ("checkpoints", 3), (".incoming", 1))
@@ -138,6 +169,7 @@ def compare_storage(database_url: str, settings: Settings) -> tuple[list[str], l
     """(rows whose bytes are missing, bytes that no row names), as paths relative to storage."""
     with Session(engine_of(database_url)) as session:
         rows = {f"files/{file_id}" for file_id in session.scalars(select(File.id))}
+        rows |= {f"files/{part_id}" for part_id in session.scalars(select(UploadPart.id))}
         rows |= set(session.scalars(select(Checkpoint.location)))
         rows |= set(session.scalars(select(Model.location)))
     root = settings.storage_root
@@ -169,6 +201,11 @@ def _checkpoint(settings: Settings, row: Checkpoint) -> CheckpointRow:
     except (CorruptCheckpoint, OSError) as error:
         damage = str(error)
     return CheckpointRow(row.step, row.fence, row.location, row.resumable, row.tokens, damage, weights)
+
+
+def _sha256(settings: Settings, file_id: str) -> str | None:
+    path = settings.storage_root / "files" / file_id
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _journal(path: Path) -> tuple[Step, ...]:

@@ -90,6 +90,7 @@ class UnslothLoad:
         draw = random.Random(f"{self._seed}/job/{index}")
         variant = VARIANTS[index % len(VARIANTS)]
         behaviour = draw.choices(("finish", "cancel"), (92, 8))[0]
+        habits = plan.habits(self._seed, index, may_pause=behaviour == "finish", within_s=40)
         return JobPlan(
             index=index,
             behaviour=behaviour,
@@ -101,8 +102,8 @@ class UnslothLoad:
             keep_checkpoints=draw.randint(1, 4),
             cancel_after_s=draw.uniform(0, 40) if behaviour == "cancel" else None,
             is_followed=index % 3 == 0,
-            training={**COMMON, **variant},
             variant=json.dumps(variant),
+            **{**habits, "training": {**COMMON, **variant, **habits["training"]}},
         )
 
     def reference(self, job: JobPlan) -> Reference:

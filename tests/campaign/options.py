@@ -26,6 +26,8 @@ class Options:
     """Between two faults; None: what suits the trainer."""
     minutes: float = 60
     generate: bool = True
+    parcels: bool = True
+    """A client sends files in parts all the time."""
     garbage_age_s: float = 40
     """More than a process may stand still and then wait for SQLite: until then bytes may still get their row."""
 

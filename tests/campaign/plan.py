@@ -18,6 +18,14 @@ INLINE_VALIDATION_BYTES = 4000
 
 VALIDATION_FILE = b'{"instruction": "reset the password", "output": "thank the printer"}\n' * 4
 
+RETRIES = (("looks", 30), ("key", 40), ("counts", 30))
+"""How a client makes sure that its job is created once: it looks for it, it sends an Idempotency-Key, or it says that
+it tries again, as OpenAI's SDKs do, which is best effort."""
+PAUSES = (("no", 75), ("brief", 10), ("some", 10), ("long", 5))
+PAUSED_FOR_S = {"brief": (0.0, 0.5), "some": (1.0, 5.0), "long": (10.0, 20.0)}
+CANCELS_WHILE_PAUSED = 0.2
+LARGE_PRIORITY = 100
+
 BEHAVIOURS = (
     ("finish", 74),
     ("slow", 4),
@@ -51,6 +59,13 @@ class JobPlan:
     """Further choices of the client."""
     variant: str = ""
     """Which undisturbed run it must end like, where those are not computed."""
+    retry: str = "looks"
+    pause_after_s: float | None = None
+    """Between its creation and the client's wish to pause it."""
+    paused_for_s: float = 0.0
+    is_cancelled_paused: bool = False
+    """The client cancels the job in place of resuming it."""
+    is_sent_in_parts: bool = False
 
     @property
     def is_large(self) -> bool:
@@ -60,12 +75,34 @@ class JobPlan:
     def allowed_ends(self) -> tuple[str, ...]:
         if self.behaviour in ("poison", "diverge", "invalid"):
             return ("failed",)
-        return ("succeeded",) if self.cancel_after_s is None else ("succeeded", "cancelled")
+        is_cancelled = self.cancel_after_s is not None or self.is_cancelled_paused
+        return ("succeeded", "cancelled") if is_cancelled else ("succeeded",)
 
     @property
     def failure_code(self) -> str | None:
         codes = {"poison": "trainer_died", "diverge": "diverged", "invalid": "invalid_training_file"}
         return codes.get(self.behaviour)
+
+
+def habits(seed: int, index: int, *, may_pause: bool, within_s: float) -> dict[str, Any]:
+    """How the client of job number `index` goes about it, whatever the job: values of a `JobPlan`.
+
+    Args:
+        within_s: a pause is asked for at most so long after the creation.
+    """
+    draw = random.Random(f"{seed}/habits/{index}")
+    retry = draw.choices([name for name, _ in RETRIES], [weight for _, weight in RETRIES])[0]
+    length = draw.choices([name for name, _ in PAUSES], [weight for _, weight in PAUSES])[0]
+    after_s, is_cancelled = draw.uniform(0, within_s), draw.random() < CANCELS_WHILE_PAUSED
+    pauses = may_pause and length != "no"
+    return {
+        "retry": retry,
+        "is_sent_in_parts": draw.random() < 0.3,
+        "pause_after_s": after_s if pauses else None,
+        "paused_for_s": draw.uniform(*PAUSED_FOR_S[length]) if pauses else 0.0,
+        "is_cancelled_paused": pauses and is_cancelled,
+        "training": {"priority": draw.randint(-LARGE_PRIORITY, LARGE_PRIORITY)} if draw.random() < 0.3 else {},
+    }
 
 
 def toy_job(seed: int, index: int) -> JobPlan:
@@ -102,6 +139,7 @@ def toy_job(seed: int, index: int) -> JobPlan:
         keep_checkpoints=draw.randint(1, 4),
         cancel_after_s=draw.uniform(0, 4) if behaviour in ("cancel", "deaf") else None,
         is_followed=index % 4 == 0,
+        **habits(seed, index, may_pause=behaviour in ("finish", "slow", "flood", "garbage"), within_s=4),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from shared.settings import Settings
+from tests.campaign import promises
 from tests.campaign.evidence import JobRecord
 from tests.campaign.faults import Fault
 from tests.campaign.verdict import attempts
@@ -46,7 +47,8 @@ def recoveries(
         for fence, (_, following) in enumerate(pairwise(claims), start=1):
             claimed_at = following[0].created_at
             before = [fault for fault in hits.get(fence, []) if fault.at < claimed_at]
-            if before:
+            paused = any(event.message.startswith((promises.ASKED, promises.PAUSED)) for event in claims[fence - 1])
+            if before and not paused:  # else its client decides when it goes on
                 fault = _deadly(before)
                 limit_s = _limit_s(fault, settings)
                 late_at = min(claimed_at, fault.at + limit_s)  # too late is too late, whatever follows

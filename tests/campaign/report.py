@@ -16,6 +16,7 @@ CHECKS = (
     *("corrupt_checkpoint", "resume_wrong", "claims_wrong", "events_not_numbered", "stream_wrong", "work_lost"),
     *("two_trainers", "orphan", "orphan_process", "stuck", "garbage", "missing_bytes", "refused", "chat_wrong"),
     *("slow_recovery", "unknown_job", "incomplete", "internal_error"),
+    *("paused_wrong", "key_twice", "file_wrong", "upload_wrong"),
 )
 
 
@@ -64,10 +65,29 @@ def verdict(campaign: Campaign) -> dict[str, Any]:
             "events": sum(len(followed.numbers) for followed in campaign.notebook.followed),
         },
         "chats": _chats(campaign),
+        "clients": _clients(campaign),
         "processes": {"samples": campaign.watch.samples, "most_trainers": campaign.watch.most_trainers},
         "bad_outcomes": {check: found.get(check, 0) for check in CHECKS}
         | {c: n for c, n in found.items() if c not in CHECKS},
         "findings": [asdict(finding) for finding in campaign.findings[:200]],
+    }
+
+
+def _clients(campaign: Campaign) -> dict[str, Any]:
+    """What they did beside waiting for their jobs."""
+    told, evidence = campaign.notebook, campaign.evidence
+    twice = {number for number, count in Counter(job.number for job in evidence.jobs).items() if count > 1}
+    events = [event.message for job in evidence.jobs for event in job.events]
+    return {
+        "jobs_sent": dict(Counter(submitted.plan.retry for submitted in told.submitted)),
+        "jobs_created_twice": dict(Counter(campaign.plans[number].retry for number in twice)),
+        "pauses_answered": dict(Counter(one.pause_answer for one in told.submitted if one.pause_answer)),
+        "pauses": sum(message.startswith("Job paused") for message in events),
+        "resumes": sum(message.startswith("Job resumed") for message in events),
+        "keys": len(told.keyed),
+        "uploads": dict(Counter(row.status for row in evidence.uploads)),
+        "parts_acknowledged": sum(len(upload.parts) for upload in told.uploads),
+        "files_compared": sum(not sent.is_deleted for sent in told.files),
     }
 
 
@@ -108,6 +128,7 @@ def summary(result: dict[str, Any]) -> str:
     lines = [
         f"{faults['count']} faults ({faults['each_second']} each second) on {jobs['count']} jobs, "
         f"{jobs['claims']} claims, {jobs['resumes']} resumes, {jobs['checkpoints_registered']} checkpoints",
+        f"clients: {result['clients']}",
         f"ends: {jobs['ends']}; chats: {result['chats'].get('outcomes')}; streams: {result['streams']}",
         *(
             f"recovery, {which}: p50 {found['p50']} s, p99 {found['p99']} s of {found['count']}"

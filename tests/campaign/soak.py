@@ -23,9 +23,9 @@ from typing import Any
 from tests.campaign import growth
 from tests.campaign import plan as plans
 from tests.campaign.campaign import Campaign
-from tests.campaign.clients import Client, GaveUp
 from tests.campaign.growth import Sampler
 from tests.campaign.options import Options
+from tests.campaign.patience import Client, GaveUp
 from tests.campaign.plan import JobPlan
 
 SAMPLE_EVERY_S = 10.0
@@ -45,8 +45,8 @@ class Soak(Campaign):
         for number in range(index * 100, index * 100 + 100):
             job = plans.toy_job(self.options.seed, number)
             if job.behaviour in CALM_BEHAVIOURS:
-                self._plans[index] = dataclasses.replace(job, index=index)
-                return self._plans[index]
+                self.plans[index] = dataclasses.replace(job, index=index)
+                return self.plans[index]
         raise AssertionError("a hundred jobs in a row that are not calm")
 
     def _strike(self) -> None:
@@ -108,7 +108,16 @@ def main() -> int:
     seed = random.SystemRandom().randrange(2**31) if given.seed is None else given.seed
     print(f"SEED={seed}", flush=True)
     soak = Soak(
-        Options(seed=seed, faults=0, jobs=0, database=given.database, minutes=given.minutes, lease_s=20, generate=True)
+        Options(
+            seed=seed,
+            faults=0,
+            jobs=0,
+            database=given.database,
+            minutes=given.minutes,
+            lease_s=20,
+            generate=True,
+            parcels=False,  # files that stay are growth
+        )
     )
     print(f"working in {soak.folder}", flush=True)
     soak.run()

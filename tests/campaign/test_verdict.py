@@ -9,14 +9,15 @@ import pytest
 
 from tests.campaign import toy_model
 from tests.campaign.chat import Chat
-from tests.campaign.clients import Followed, Submitted
 from tests.campaign.damage import Damage
 from tests.campaign.evidence import CheckpointRow, EventRow, Evidence, JobRecord, Step
 from tests.campaign.faults import Fault
+from tests.campaign.findings import Finding, Known
 from tests.campaign.loads import ToyLoad
+from tests.campaign.notebook import Followed, Submitted
 from tests.campaign.plan import JobPlan
 from tests.campaign.recovery import percentile, recoveries
-from tests.campaign.verdict import Finding, Known, chats_wrong, judge, steps_lost
+from tests.campaign.verdict import chats_wrong, judge, steps_lost
 
 PLAN = JobPlan(
     index=0,

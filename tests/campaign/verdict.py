@@ -7,14 +7,15 @@ them evidence with a lie in it and see that it is found.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
+from tests.campaign import promises
 from tests.campaign.chat import Chat
-from tests.campaign.clients import ENDED, Followed, Submitted
+from tests.campaign.clients import ENDED
 from tests.campaign.damage import Damage
 from tests.campaign.evidence import EventRow, Evidence, JobRecord
+from tests.campaign.findings import Finding, Known
+from tests.campaign.notebook import Submitted
 from tests.campaign.plan import JobPlan
-from tests.campaign.toy_model import Reference
 
 ENDINGS = ("The job has successfully completed", "The job was cancelled", "The job failed: ")
 SUCCESS = ENDINGS[0]
@@ -22,26 +23,6 @@ RESUMED = re.compile(r"Resumed from step (\d+)")
 STARTED = "Fine-tuning job started"
 CLAIMED = "Job claimed by worker"
 REGISTERED = re.compile(r"Checkpoint created at step (\d+)")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that must not be."""
-
-    check: str
-    subject: str
-    what: str
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the harness itself did and knows, beside the evidence."""
-
-    plans: dict[int, JobPlan]
-    references: Callable[[JobPlan], Reference]
-    submitted: Sequence[Submitted] = ()
-    followed: Sequence[Followed] = ()
-    damages: Sequence[Damage] = ()
 
 
 def judge(evidence: Evidence, known: Known) -> list[Finding]:
@@ -59,6 +40,7 @@ def judge(evidence: Evidence, known: Known) -> list[Finding]:
     ]
     findings += _result_files(evidence)
     findings += _streams(evidence, known)
+    findings += promises.kept(evidence, known)
     findings += [
         Finding("missing_bytes", path, "its row names bytes that are not there") for path in evidence.rows_without_bytes
     ]
@@ -270,6 +252,7 @@ JOB_CHECKS: dict[str, Callable[[JobRecord, JobPlan, Known], Iterator[str]]] = {
     "resume_wrong": _resumes,
     "claims_wrong": _claims,
     "work_lost": _work_lost,
+    "paused_wrong": promises.paused_as_told,
 }
 
 

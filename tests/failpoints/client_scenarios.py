@@ -1,5 +1,6 @@
 """What clients ask for, through the API's own application."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.testclient import TestClient
@@ -11,11 +12,26 @@ from tests.failpoints.scenario import LARGE, Facts, Scenario, facts_of
 from tests.failpoints.world import BASE, World
 
 
-def request(world: World, what: str, method: str, url: str, **body: Any) -> None:
-    """One request as a client makes it; the answer is noted as soon as it is there, and the API shut down after it."""
+def request(world: World, what: str, method: str, url: str, key: str | None = None, **body: Any) -> None:
+    """One request as a client makes it; the answer is noted as soon as it is there, and the API shut down after it.
+
+    Args:
+        key: sent as the Idempotency-Key.
+    """
+    headers = {} if key is None else {"idempotency-key": key}
     with TestClient(create_app(world.settings), base_url="http://localhost", raise_server_exceptions=False) as client:
-        answer = client.request(method, url, **body)
-        world.note(what=what, status=answer.status_code, body=answer.json())
+        answer = client.request(method, url, headers=headers, **body)
+        world.note(what=what, status=answer.status_code, body=answer.json(), key=key)
+
+
+def until_answered(act: Callable[[World, Facts], None]) -> Callable[[World, Facts], None]:
+    """What a client does again: the same, unless it was answered 200."""
+
+    def again(world: World, facts: Facts) -> None:
+        if not any(entry["status"] == 200 for entry in world.journal()):
+            act(world, facts)
+
+    return again
 
 
 def upload(world: World, content: bytes, what: str = "upload") -> None:
@@ -39,16 +55,11 @@ def _create_job(world: World, facts: Facts) -> None:
     request(world, "submit", "POST", "/v1/fine_tuning/jobs", json=body)
 
 
-def _create_job_again(world: World, facts: Facts) -> None:
-    if not any(entry["status"] == 200 for entry in world.journal()):
-        _create_job(world, facts)
-
-
 def submitting(name: str, status: FileStatus) -> Scenario:
     def prepare(world: World) -> Facts:
         return {"file": world.add_file(toy.rows(steps=2) + LARGE, status), "status": 200}
 
-    return Scenario(name, prepare, _create_job, _create_job_again)
+    return Scenario(name, prepare, _create_job, until_answered(_create_job))
 
 
 def _prepare_file_alone(world: World) -> Facts:
@@ -59,11 +70,6 @@ def _delete_file(world: World, facts: Facts) -> None:
     request(world, "delete", "DELETE", f"/v1/files/{facts['file']}")
 
 
-def _delete_file_again(world: World, facts: Facts) -> None:
-    if not any(entry["status"] == 200 for entry in world.journal()):
-        _delete_file(world, facts)
-
-
 def _prepare_waiting(world: World) -> Facts:
     return facts_of(world, world.add_job({"steps": 2}), ends=["cancelled"]) | {"status": 200, "status_again": 409}
 
@@ -72,17 +78,12 @@ def _cancel_by_request(world: World, facts: Facts) -> None:
     request(world, "cancel", "POST", f"/v1/fine_tuning/jobs/{facts['job']}/cancel")
 
 
-def _cancel_again(world: World, facts: Facts) -> None:
-    if not any(entry["status"] == 200 for entry in world.journal()):
-        _cancel_by_request(world, facts)
-
-
 CLIENT_SCENARIOS = (
     uploading("upload", toy.rows()),
     uploading("upload-large", toy.rows() + LARGE),
     uploading("upload-refused", toy.rows() + b'{"prompt": "no completion"}\n'),
-    Scenario("delete-file", _prepare_file_alone, _delete_file, _delete_file_again),
+    Scenario("delete-file", _prepare_file_alone, _delete_file, until_answered(_delete_file)),
     submitting("submit", FileStatus.PROCESSED),
     submitting("submit-unchecked", FileStatus.UPLOADED),
-    Scenario("cancel-waiting", _prepare_waiting, _cancel_by_request, _cancel_again),
+    Scenario("cancel-waiting", _prepare_waiting, _cancel_by_request, until_answered(_cancel_by_request)),
 )

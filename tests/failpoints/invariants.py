@@ -5,7 +5,6 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import redis
 from sqlalchemy import select
@@ -14,9 +13,10 @@ from sqlalchemy.orm import Session
 from shared import events, storage
 from shared.checkpoint_files import MANIFEST, CorruptCheckpoint, verify
 from shared.db import reading
-from shared.models import TERMINAL, Checkpoint, Event, File, Job, Metric, Model
+from shared.models import TERMINAL, Checkpoint, Event, File, Job, Metric, Model, UploadPart
 from tests.campaign.toy_model import reference
 from tests.campaign.toy_trainer import read_plan
+from tests.failpoints import promises
 from tests.failpoints.scenarios import Facts
 from tests.failpoints.world import World
 
@@ -34,10 +34,14 @@ def at_any_instant(world: World, facts: Facts) -> list[str]:
         missing = set(facts.get("ends", {})) - set(session.scalars(select(Job.id)))
         problems += [f"job {job_id} is lost" for job_id in missing]
         problems += _files_without_bytes(world, session)
+        problems += promises.of_uploads(session)
+        problems += promises.of_answers(session, facts)
         if not facts.get("damages"):
             problems += _checkpoints_that_lie(world, session)
         for job in session.scalars(select(Job)):
             problems += _numbering(session, job)
+            problems += promises.of_pauses(session, job)
+            problems += promises.of_needed_files(session, job)
             problems += _live_stream_that_lies(world, session, job)
     problems += _half_published(world) if not facts.get("damages") else []
     return problems
@@ -54,16 +58,16 @@ def at_rest(world: World, facts: Facts) -> list[str]:
                 problems.append(f"job {job.id} ended as {job.status} ({job.error}); it should be {allowed}")
             problems += _ending(session, job)
             if job.status == "succeeded":
-                problems += _result(world, session, job)
+                problems += _result(world, facts, session, job)
         problems += _bytes_without_rows(world, session)
         problems += _models(session)
-        problems += _clients(world, facts, session, all_jobs)
+        problems += promises.to_clients(world, facts, session)
     return problems
 
 
 def _files_without_bytes(world: World, session: Session) -> list[str]:
     problems = []
-    for row in session.scalars(select(File)):
+    for row in (*session.scalars(select(File)), *session.scalars(select(UploadPart))):
         try:
             content = b"".join(storage.open_file(world.settings, row.id))
         except FileNotFoundError:
@@ -134,9 +138,11 @@ def _ending(session: Session, job: Job) -> list[str]:
     return problems
 
 
-def _result(world: World, session: Session, job: Job) -> list[str]:
+def _result(world: World, facts: Facts, session: Session, job: Job) -> list[str]:
     """What an undisturbed run leaves: weights, losses, tokens, one model, one result file."""
-    path = storage.local_file(world.settings, job.training_file)
+    content = facts.get("contents", {}).get(job.id)  # of a file that is gone by now
+    path = world.folder / "trained-on.jsonl"
+    path.write_bytes(content.encode() if content else b"".join(storage.open_file(world.settings, job.training_file)))
     steps = read_plan(path).steps
     expected = reference(job.seed, path.read_bytes(), steps)
     problems: list[str] = []
@@ -146,26 +152,29 @@ def _result(world: World, session: Session, job: Job) -> list[str]:
             problems.append(f"job {job.id}: {problem}")
 
     final = session.scalar(select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == steps))
-    if final is None:
-        return [f"job {job.id} succeeded and has no final checkpoint"]
-    folder = storage.local_checkpoint(world.settings, final.location)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    demand(digest == expected.weights_sha256, "its weights are not those of an undisturbed run")
+    tuned = session.scalars(select(Model).where(Model.job_id == job.id, Model.kind == "tuned")).all()
+    if job.fine_tuned_model == facts.get("tuned"):
+        demand(final is None and not tuned, "its model was deleted and is there")
+    elif final is None:
+        demand(False, "it succeeded and has no final checkpoint")
+    else:
+        folder = storage.local_checkpoint(world.settings, final.location)
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        demand(digest == expected.weights_sha256, "its weights are not those of an undisturbed run")
+        demand([model.id for model in tuned] == [job.fine_tuned_model], "it has not exactly one tuned model")
+        demand(all(model.location == final.location for model in tuned), "its model is not its last checkpoint")
     rows = session.scalars(select(Metric).where(Metric.job_id == job.id).order_by(Metric.step)).all()
     demand([row.step for row in rows] == list(range(1, steps + 1)), f"metrics of steps {[row.step for row in rows]}")
     losses = [row.values.get("loss") for row in rows]
     demand(losses == expected.losses, "its losses are not those of an undisturbed run")
     demand(job.trained_tokens == expected.tokens[-1], f"{job.trained_tokens} tokens, not {expected.tokens[-1]}")
-    tuned = session.scalars(select(Model).where(Model.job_id == job.id, Model.kind == "tuned")).all()
-    demand([model.id for model in tuned] == [job.fine_tuned_model], "it has not exactly one tuned model")
-    demand(all(model.location == final.location for model in tuned), "its model is not its last checkpoint")
     demand(len(job.result_files) == 1, f"it has {len(job.result_files)} result files")
     demand(all(session.get(File, name) is not None for name in job.result_files), "its result file has no row")
     return problems
 
 
 def _bytes_without_rows(world: World, session: Session) -> list[str]:
-    rows = set(session.scalars(select(File.id)))
+    rows = {*session.scalars(select(File.id)), *session.scalars(select(UploadPart.id))}
     locations = set(session.scalars(select(Checkpoint.location)))
     problems = [
         f"file {file_id} has bytes and no row"
@@ -201,30 +210,6 @@ def _models(session: Session) -> list[str]:
     ]
     served = {row.location for row in models if row.kind == "checkpoint"}
     return problems + [f"checkpoint {place} is no model" for place in sorted(locations - served)]
-
-
-def _clients(world: World, facts: Facts, session: Session, all_jobs: list[Job]) -> list[str]:
-    """Who got a 200 finds what it was promised; who asks again gets what was asked for."""
-    problems: list[str] = []
-    journal: list[dict[str, Any]] = world.journal()
-    expected = {facts.get("status"), facts.get("status_again")}
-    good = [entry for entry in journal if entry["status"] in expected]
-    if facts.get("status") is not None and not good:
-        problems.append(f"no request was answered {sorted(expected, key=str)}: {journal}")
-    for entry in journal:
-        name, what = str(entry["body"].get("id")), entry["what"]
-        if entry["status"] == 200 and what in ("submit", "cancel") and name not in {job.id for job in all_jobs}:
-            problems.append(f"{what} was answered 200, and job {name} does not exist")
-        if entry["status"] == 200 and what == "upload" and session.get(File, name) is None:
-            problems.append(f"upload was answered 200, and file {name} does not exist")
-        if entry["status"] == 200 and what == "delete" and session.get(File, facts["file"]) is not None:
-            problems.append("delete was answered 200, and the file is there")
-        if entry["status"] >= 400 and "error" not in entry["body"]:
-            problems.append(f"an error without OpenAI's body: {entry}")
-    made = sum(entry["what"] == "submit" for entry in journal)
-    if "file" in facts and not facts.get("deletes") and len(all_jobs) > made + 1:
-        problems.append(f"{len(all_jobs)} jobs after {made} requests")
-    return problems
 
 
 def trees(root: Path) -> list[str]:

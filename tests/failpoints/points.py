@@ -32,6 +32,7 @@ FULL_FOR_EFFECTS = 12
 _write, _open = os.write, os.open  # the real ones, for the harness's own records
 _NUMBERED = (
     (re.compile(r"\b(ft[a-z]+|file)-[A-Za-z0-9]{24}"), r"<\1>"),
+    (re.compile(r"\b(upload|part)_[A-Za-z0-9]{24}"), r"<\1>"),
     (re.compile(r"\btmp[a-z0-9_]{8}$"), "<temporary>"),
     (re.compile(r"(?<=/\.tmp-)\d+|(?<=/\.deleted-)\d+|(?<=>/\d/)\d+"), "<step>"),
     (re.compile(r"(?<=-)\d+(?=/|$)"), "<pid>"),

@@ -1,9 +1,13 @@
-"""What production does after a fault, with nothing broken any more: clients ask again, sweeps pass, workers work."""
+"""What production does after a fault, with nothing broken any more: clients ask again, sweeps pass, workers work.
+
+A job that is paused stays so while everything else comes to rest; then its client resumes it.
+"""
 
 from sqlalchemy import select
 
 from shared.db import reading
-from shared.models import TERMINAL, File, FileStatus, Job
+from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
+from tests.failpoints.client_scenarios import request
 from tests.failpoints.scenarios import Facts, Scenario, collect_all, time_passes
 from tests.failpoints.world import World
 from worker import run_folder, tasks
@@ -23,8 +27,12 @@ def recover(world: World, scenario: Scenario, facts: Facts) -> list[str]:
         sweeper.sweep()
         tasks.validate_files()
         tasks.train()
+        sweeper.remove_expired()
         if not _open_work():
-            break
+            if not (paused := _paused()):
+                break
+            for job_id in paused:
+                request(world, "at last", "POST", f"/v1/fine_tuning/jobs/{job_id}/resume")
     else:
         problems.append(f"after {MOST_ROUNDS} rounds there is still {_open_work()}")
     run_folder.forget_old(world.settings, kept_s=0)  # a week later
@@ -36,6 +44,12 @@ def recover(world: World, scenario: Scenario, facts: Facts) -> list[str]:
 
 def _open_work() -> list[str]:
     with reading() as session:
-        open_jobs = session.execute(select(Job.id, Job.status).where(Job.status.not_in(TERMINAL))).all()
+        at_rest = (*TERMINAL, JobStatus.PAUSED)
+        open_jobs = session.execute(select(Job.id, Job.status).where(Job.status.not_in(at_rest))).all()
         unchecked = session.scalars(select(File.id).where(File.status == FileStatus.UPLOADED)).all()
     return [f"{job_id} {status}" for job_id, status in open_jobs] + list(unchecked)
+
+
+def _paused() -> list[str]:
+    with reading() as session:
+        return list(session.scalars(select(Job.id).where(Job.status == JobStatus.PAUSED)))

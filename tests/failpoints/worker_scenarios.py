@@ -42,7 +42,7 @@ def running(name: str, plan: dict[str, Any], ends: list[str] | None = None, **tr
     return Scenario(name, prepare, lambda world, facts: tasks.train())
 
 
-def _step_of(job_id: str) -> int:
+def step_of(job_id: str) -> int:
     with reading() as session:
         return session.scalar(select(Job.current_step).where(Job.id == job_id)) or 0
 
@@ -53,7 +53,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def _meanwhile(condition: Callable[[], bool], then: Callable[[], None]) -> None:
+def meanwhile(condition: Callable[[], bool], then: Callable[[], None]) -> None:
     """Do something from another thread once the run is under way."""
 
     def watch() -> None:
@@ -68,7 +68,7 @@ def _prepare_long_run(world: World) -> Facts:
 
 
 def _run_until_deploy(world: World, facts: Facts) -> None:
-    _meanwhile(lambda: _step_of(facts["job"]) >= 3, lambda: lifecycle.shutdown.set())
+    meanwhile(lambda: step_of(facts["job"]) >= 3, lambda: lifecycle.shutdown.set())
     tasks.train()
 
 
@@ -82,7 +82,7 @@ def _run_until_cancel(world: World, facts: Facts) -> None:
         with transaction() as session:
             jobs.request_cancel(session, "default", facts["job"])
 
-    _meanwhile(lambda: _step_of(facts["job"]) >= 3, cancel)
+    meanwhile(lambda: step_of(facts["job"]) >= 3, cancel)
     tasks.train()
 
 
@@ -106,13 +106,13 @@ def run_and_be_killed(world: World, when: Callable[[str], None], plan: dict[str,
     return job_id
 
 
-def _at_step_3(job_id: str) -> None:
-    _meanwhile(lambda: _step_of(job_id) >= 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def at_step_3(job_id: str) -> None:
+    meanwhile(lambda: step_of(job_id) >= 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _prepare_interrupted(world: World) -> Facts:
     plan = {"steps": 6, "save_steps": 1, "step_s": 0.03}
-    job_id = run_and_be_killed(world, _at_step_3, plan, keep_checkpoints=2)
+    job_id = run_and_be_killed(world, at_step_3, plan, keep_checkpoints=2)
     take_back(world)
     return facts_of(world, job_id)
 

@@ -22,7 +22,7 @@ from celery.exceptions import CeleryError
 from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared import db, files, jobs, storage
+from shared import db, files, job_creation, storage
 from shared.db import transaction
 from shared.errors import AppError
 from shared.ids import new_id
@@ -152,6 +152,10 @@ class World:
             return []
         return [json.loads(line) for line in self.journal_path.read_text().splitlines()]
 
+    def forget_journal(self) -> None:
+        """What was asked for in preparation is not what the scenario is judged by."""
+        self.journal_path.unlink(missing_ok=True)
+
     def debts(self) -> list[str]:
         """What a power cut could have taken back although somebody relied on it."""
         return self.debts_path.read_text().splitlines() if self.debts_path.exists() else []
@@ -177,7 +181,7 @@ class World:
     def submit(self, file_id: str, validation_file: str | None = None, **training: Any) -> str:
         body = {"model": BASE, "training_file": file_id, "validation_file": validation_file, "training": training}
         with transaction() as session:
-            return jobs.submit(session, "default", JobCreate.model_validate(body)).id
+            return job_creation.submit(session, "default", JobCreate.model_validate(body)).id
 
     def add_job(self, plan: dict[str, Any], **training: Any) -> str:
         return self.submit(self.add_file(toy.rows(**plan)), **training)
@@ -194,15 +198,16 @@ class World:
             stream.write(sentence + "\n")
 
     def _named_paths(self) -> Callable[[], set[str]]:
-        """Where the bytes of every file and checkpoint row are. Asked over a connection of its own."""
-        from shared.models import Checkpoint, File  # here: the hooks must not see an engine made earlier
+        """Where the bytes of every file, part and checkpoint row are. Asked over a connection of its own."""
+        from shared.models import Checkpoint, File, UploadPart  # here: the hooks must not see an engine made earlier
 
         engine = db.make_engine(self.settings.resolved_database_url)
         root = self.settings.data / "storage"
 
         def named() -> set[str]:
             with engine.connect().execution_options(reading=True) as connection:
-                ids = connection.execute(db.select(File.id)).scalars().all()
+                ids = [*connection.execute(db.select(File.id)).scalars()]
+                ids += connection.execute(db.select(UploadPart.id)).scalars()
                 locations = connection.execute(db.select(Checkpoint.location)).scalars().all()
             return {str(root / "files" / file_id) for file_id in ids} | {str(root / place) for place in locations}
 
