@@ -1,4 +1,7 @@
-"""/v1/fine_tuning/jobs: create, list, retrieve, cancel, checkpoints, metrics. Events are in `api.job_events`."""
+"""/v1/fine_tuning/jobs: create, list, retrieve, cancel, pause, resume, checkpoints, metrics.
+
+Events are in `api.job_events`.
+"""
 
 import csv
 import io
@@ -7,15 +10,17 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from sqlalchemy import null, select
+from sqlalchemy.orm import Session
 
 from api.answer_schemas import CSV, JobMetrics
 from api.deps import Caller, OutboxDep
 from api.idempotency import OnceDep
 from api.paging import After, Limit, page
-from shared import answers, checkpoints, jobs, model_registry
+from shared import answers, checkpoints, job_creation, jobs, model_registry, waiting
 from shared.db import reading, transaction
 from shared.errors import BadRequest
 from shared.models import Job, JobStatus, Metric
+from shared.queue_view import queue_view
 from shared.schemas import FineTuningJob, JobCheckpoint, JobCreate, Page
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
@@ -25,8 +30,8 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
     """Store the job, then let the worker know."""
     with transaction() as session:
-        job = jobs.submit(session, caller.project_id, request)
-        answer = once.keep(session, job.id, FineTuningJob.of(job))
+        job = job_creation.submit(session, caller.project_id, request)
+        answer = once.keep(session, job.id, _shown(session, job))
     if job.status == JobStatus.QUEUED:
         outbox.training_waits()  # after commit: the worker must find the row
     return answer
@@ -45,7 +50,8 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
             raise BadRequest(f"unknown query parameter {key!r}; use limit, after, metadata[key]=value", param=key)
     with reading() as session:
         rows, more = page(session, query, Job, after=after, limit=limit)
-    data = [FineTuningJob.of(job) for job in rows]
+        queue = queue_view().of(session, rows)
+    data = [FineTuningJob.of(job, queue.get(job.id)) for job in rows]
     return Page.of(data, more, [row.id for row in data])
 
 
@@ -53,7 +59,7 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
 def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
     """A job as it is now."""
     with reading() as session:
-        return FineTuningJob.of(jobs.get(session, caller.project_id, job_id))
+        return _shown(session, jobs.get(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/cancel")
@@ -62,7 +68,37 @@ def cancel_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
     with transaction() as session:
         job = jobs.request_cancel(session, caller.project_id, job_id)
         answers.forget_creation(session, job_id)
-        return once.keep(session, None, FineTuningJob.of(job))
+        answer = once.keep(session, None, FineTuningJob.of(job))
+    queue_view().changed()
+    return answer
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
+    """A job that waits is paused at once; one that trains saves a checkpoint at the end of its step and stops.
+
+    Meanwhile it shows status `running` and `pause_requested`. What it has done so far is kept: resumed, it ends as if
+    it had never been paused. Its worker goes on with other jobs.
+    """
+    with transaction() as session:
+        job = waiting.request_pause(session, caller.project_id, job_id)
+        answers.forget_creation(session, job_id)
+        answer = once.keep(session, None, FineTuningJob.of(job))
+    queue_view().changed()
+    return answer
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
+    """A paused job goes back to its place in the queue; one that is still stopping goes on."""
+    queue_view().changed()
+    with transaction() as session:
+        job = waiting.resume(session, caller.project_id, job_id)
+        answers.forget_creation(session, job_id)
+        answer = once.keep(session, None, _shown(session, job))
+    if job.status == JobStatus.QUEUED:
+        outbox.training_waits()
+    return answer
 
 
 @router.get("/{job_id}/checkpoints")
@@ -96,3 +132,7 @@ def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "j
     writer.writeheader()
     writer.writerows(values)
     return PlainTextResponse(text.getvalue(), media_type="text/csv")
+
+
+def _shown(session: Session, job: Job) -> FineTuningJob:
+    return FineTuningJob.of(job, queue_view().of(session, [job]).get(job.id))

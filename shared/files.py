@@ -19,7 +19,7 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared import jobs, storage, training_data
+from shared import storage, training_data, waiting
 from shared.db import UNAVAILABLE, clock, has_passed, now, reading, transaction
 from shared.errors import Conflict, NotFound, Unavailable
 from shared.models import TERMINAL, File, FileStatus, Job, JobStatus, UploadPart
@@ -204,13 +204,13 @@ def next_unchecked(session: Session, besides: Collection[str] = ()) -> File | No
 def settle_valid(session: Session, file_id: str, format: str, rows: int) -> None:
     """uploaded → processed. Nothing happens if somebody settled it first."""
     if _settle(session, file_id, status=FileStatus.PROCESSED, format=format, rows=rows):
-        jobs.file_settled(session, file_id, None)
+        waiting.file_settled(session, file_id, None)
 
 
 def settle_invalid(session: Session, file_id: str, reason: str) -> None:
     """uploaded → error, and the jobs that waited for it fail."""
     if _settle(session, file_id, status=FileStatus.ERROR, status_details=reason[:2000]):
-        jobs.file_settled(session, file_id, reason)
+        waiting.file_settled(session, file_id, reason)
 
 
 def _settle(session: Session, file_id: str, **values: object) -> bool:

@@ -1,38 +1,45 @@
 """Jobs: every change of a job's status, as a verb.
 
     create ─► validating_files ─ files valid ─► queued ─ claim (fence+1) ─► running ─ final checkpoint ─► succeeded
-                │      │                         │  ▲                        │  │
-                │      └─ file invalid ─► failed │  └─ lease expired, crash, ┘  ├─ error, no attempts left ─► failed
-                │                                │     deploy, memory           │
-                └────── cancel ─► cancelled ◄────┴─────────── cancel obeyed ────┘
+                │  │   │   ▲                    │ ▲ ▲ │                     │ │  │
+                │  │   │   └─── resume, a file  │ │ │ └─ lease expired, ◄───┘ │  ├─ error, no attempts left ─► failed
+                │  │   │        is unchecked    │ │ │    crash, deploy, memory│  └─ cancel obeyed ─► cancelled
+                │  │   │             │          │ │ │                         │
+                │  │   └── pause ─► paused ◄────┘ └─┴ resume                  │
+                │  │                 │    ▲        pause                      │
+                │  │                 │    └──────── pause obeyed, or any ◄────┘
+                │  │                 │              way back to the queue
+                │  └─ file invalid ──┴─► failed      while one is asked for
+                └───── cancel ──► cancelled ◄─ cancel ─ queued, paused
 
 Every move is one UPDATE guarded by the status it starts from and, for a run, by the fence of the claim: of two
 workers one wins, and a worker that lost its lease can't overwrite its successor. Terminal states absorb.
-A cancel of a running job is a request on its row; whoever owns the run settles it.
+A cancel or a pause of a running job is a request on its row; whoever owns the run settles it. A cancel comes first; a
+run that ends by itself, well or badly, has ended, whatever was asked for. Jobs are made in `shared.job_creation`; those
+that nobody runs are moved by files that are settled, a pause and a resume in `shared.waiting`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from shared import events, model_registry
-from shared.db import clock, has_passed, now
-from shared.errors import BadRequest, Conflict, NotFound
-from shared.ids import new_id
-from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
-from shared.schemas import JobCreate
+from shared import events
+from shared.db import now
+from shared.errors import Conflict, NotFound
+from shared.models import TERMINAL, Checkpoint, Job, JobStatus
 from shared.text import storable
-
-DEFAULT_SEED = 3407
 
 MAX_RETRY_DELAY_S = 300.0
 
 ALLOWED: dict[JobStatus, tuple[JobStatus, ...]] = {
-    JobStatus.VALIDATING_FILES: (JobStatus.QUEUED, JobStatus.FAILED, JobStatus.CANCELLED),
-    JobStatus.QUEUED: (JobStatus.RUNNING, JobStatus.FAILED, JobStatus.CANCELLED),
-    JobStatus.RUNNING: (JobStatus.QUEUED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED),
-    JobStatus.PAUSED: (JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED),
+    JobStatus.VALIDATING_FILES: (JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED),
+    JobStatus.QUEUED: (JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.FAILED, JobStatus.CANCELLED),
+    JobStatus.RUNNING: (
+        *(JobStatus.QUEUED, JobStatus.PAUSED),
+        *(JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED),
+    ),
+    JobStatus.PAUSED: (JobStatus.QUEUED, JobStatus.VALIDATING_FILES, JobStatus.CANCELLED, JobStatus.FAILED),
 }
 
 
@@ -44,57 +51,11 @@ class LeaseLost(Exception):
     """Somebody else owns the run now, or nobody does: stop at once and commit nothing."""
 
 
-def submit(session: Session, project_id: str, request: JobCreate) -> Job:
-    """Store a job. It is queued at once if its files have been checked.
+class Orders(NamedTuple):
+    """What clients have asked the owner of a run for."""
 
-    Raises:
-        ModelNotFound, NotFound: an id is not the project's.
-        BadRequest: a file can't be trained on.
-    """
-    model = model_registry.find(session, project_id, request.model, hold=True)
-    files = [_usable_file(session, project_id, request.training_file, "training_file")]
-    if request.validation_file is not None:
-        files.append(_usable_file(session, project_id, request.validation_file, "validation_file"))
-    checked = all(file.status == FileStatus.PROCESSED for file in files)
-    created = clock(session)
-    job = Job(
-        id=new_id("ftjob"),
-        project_id=project_id,
-        status=JobStatus.QUEUED if checked else JobStatus.VALIDATING_FILES,
-        created_at=created,
-        updated_at=created,
-        model=model.id,
-        model_location=model.location,
-        model_source=None if model.is_base else "checkpoint",
-        training_file=request.training_file,
-        validation_file=request.validation_file,
-        suffix=request.suffix,
-        seed=DEFAULT_SEED if request.seed is None else request.seed,
-        job_metadata=request.metadata,
-        hyperparameters=request.chosen_hyperparameters.model_dump(),
-        method=request.method.model_dump(exclude_none=True) if request.method else None,
-        training=request.training_spec().model_dump(),
-        fence=0,
-        attempts=0,
-        result_files=[],
-    )
-    state = "Files validated, job queued" if checked else "Validating files"
-    events.add_with_first(session, job, f"Created fine-tuning job: {job.id}", state)
-    return job
-
-
-def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> File:
-    # Shared lock: who settles or deletes the file waits for this job to be there, or this job sees what they did.
-    file = session.get(File, file_id, with_for_update={"read": True})
-    if file is None or file.project_id != project_id or has_passed(session, file.expires_at):
-        raise NotFound(f"there is no file {file_id!r}; upload it first (GET /v1/files lists yours)", param=param)
-    if file.purpose != "fine-tune":
-        raise BadRequest(f"file {file_id} has purpose {file.purpose!r}; it must be 'fine-tune'", param=param)
-    if file.status == FileStatus.ERROR:
-        raise BadRequest(
-            f"file {file_id} can't be trained on: {file.status_details}", param=param, code="invalid_training_file"
-        )
-    return file
+    cancel: bool
+    pause: bool
 
 
 def get(session: Session, project_id: str, job_id: str) -> Job:
@@ -109,44 +70,21 @@ def get(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-def file_settled(session: Session, file_id: str, reason: str | None) -> None:
-    """Move on the jobs that wait for a file, in the transaction that settles it. `reason`: why it is invalid."""
-    waiting = session.scalars(
-        select(Job)
-        .where(
-            Job.status == JobStatus.VALIDATING_FILES,
-            (Job.training_file == file_id) | (Job.validation_file == file_id),
-        )
-        .with_for_update()  # two files of one job settled at once: the second must see the first
-    ).all()
-    for job in waiting:
-        which = "training_file" if job.training_file == file_id else "validation_file"
-        if reason is not None:
-            error = {"code": f"invalid_{which}", "message": f"{file_id}: {reason}", "param": which}
-            _move(session, job.id, JobStatus.FAILED, error=error, finished_at=now())
-            events.append(session, job, f"The job failed: {error['message']}", level="error")
-            continue
-        ids = [name for name in (job.training_file, job.validation_file) if name is not None]
-        unchecked = session.scalar(
-            select(func.count()).select_from(File).where(File.id.in_(ids), File.status != FileStatus.PROCESSED)
-        )
-        if not unchecked:
-            _move(session, job.id, JobStatus.QUEUED)
-            events.append(session, job, "Files validated, job queued")
-
-
 def claim_next(session: Session, worker: str, lease_s: float) -> Job | None:
-    """Take the oldest queued job: queued → running, fence one up, lease started. None if nothing waits."""
-    oldest = (
+    """Take the oldest queued job of the highest priority: queued → running, fence one up, lease started.
+
+    None if nothing waits.
+    """
+    first = (
         select(Job.id)
         .where(*_eligible())
-        .order_by(Job.created_at, Job.id)
+        .order_by(Job.priority.desc(), Job.created_at, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)  # two claimers take two jobs; SQLite has one writer anyway
     )
     job = session.scalar(
         update(Job)
-        .where(Job.id == oldest.scalar_subquery(), Job.status == JobStatus.QUEUED)
+        .where(Job.id == first.scalar_subquery(), Job.status == JobStatus.QUEUED)
         .values(
             status=JobStatus.RUNNING,
             fence=Job.fence + 1,
@@ -165,8 +103,8 @@ def claim_next(session: Session, worker: str, lease_s: float) -> Job | None:
     return job
 
 
-def renew_lease(session: Session, job_id: str, fence: int, lease_s: float) -> bool:
-    """Prolong a run's lease. Returns whether a cancel was asked for.
+def renew_lease(session: Session, job_id: str, fence: int, lease_s: float) -> Orders:
+    """Prolong a run's lease. Returns what was asked for meanwhile.
 
     Raises:
         LeaseLost: the job has another fence or is no longer running.
@@ -175,11 +113,25 @@ def renew_lease(session: Session, job_id: str, fence: int, lease_s: float) -> bo
         update(Job)
         .where(Job.id == job_id, Job.fence == fence, Job.status == JobStatus.RUNNING)
         .values(lease_until=now() + lease_s)
-        .returning(Job.cancel_requested_at)
+        .returning(Job.cancel_requested_at, Job.pause_requested_at)
     ).one_or_none()
     if row is None:
         raise LeaseLost(f"job {job_id} is no longer run by claim {fence}")
-    return row[0] is not None
+    return Orders(cancel=row[0] is not None, pause=row[1] is not None)
+
+
+def orders(session: Session, job_id: str, fence: int) -> Orders:
+    """What was asked of a run.
+
+    Raises:
+        LeaseLost: as `renew_lease`.
+    """
+    row = session.execute(
+        select(Job.fence, Job.status, Job.cancel_requested_at, Job.pause_requested_at).where(Job.id == job_id)
+    ).one_or_none()
+    if row is None or row[0] != fence or row[1] != JobStatus.RUNNING:
+        raise LeaseLost(f"job {job_id} is no longer run by claim {fence}")
+    return Orders(cancel=row[2] is not None, pause=row[3] is not None)
 
 
 def owned(session: Session, job_id: str, fence: int, **values: Any) -> Job:
@@ -200,6 +152,17 @@ def owned(session: Session, job_id: str, fence: int, **values: Any) -> Job:
     return job
 
 
+def locked(session: Session, project_id: str, job_id: str) -> Job:
+    """The project's job, which nobody else moves before this transaction ends: what a client's order finds is still
+    true when its outcome is written.
+
+    Raises:
+        NotFound: there is none of this id in the project.
+    """
+    get(session, project_id, job_id)
+    return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+
+
 def request_cancel(session: Session, project_id: str, job_id: str) -> Job:
     """Cancel: an idle job ends at once, a running one as soon as its owner reads the request.
 
@@ -207,13 +170,11 @@ def request_cancel(session: Session, project_id: str, job_id: str) -> Job:
         NotFound: no such job.
         JobConflict: the job has ended.
     """
-    get(session, project_id, job_id)
-    # Locked, because the job may move between any two statements; what is decided here must still be true when written.
-    job = session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
+    job = locked(session, project_id, job_id)
     if job.status in TERMINAL:
         raise JobConflict(f"job {job_id} has already ended ({job.status}); it can't be cancelled")
     if job.status != JobStatus.RUNNING:
-        cancelled = _move(session, job_id, JobStatus.CANCELLED, finished_at=now(), cancel_requested_at=now())
+        cancelled = move(session, job_id, JobStatus.CANCELLED, finished_at=now(), cancel_requested_at=now())
         events.append(session, cancelled, "The job was cancelled")
         return cancelled
     if job.cancel_requested_at is None:
@@ -224,7 +185,7 @@ def request_cancel(session: Session, project_id: str, job_id: str) -> Job:
 
 def succeed(session: Session, job_id: str, fence: int, **values: Any) -> Job:
     """running → succeeded. The caller has registered the final checkpoint in the same transaction."""
-    job = _move(session, job_id, JobStatus.SUCCEEDED, fence=fence, finished_at=now(), estimated_finish=None, **values)
+    job = move(session, job_id, JobStatus.SUCCEEDED, fence=fence, finished_at=now(), **values)
     events.append(session, job, f"New fine-tuned model created: {job.fine_tuned_model}")
     events.append(session, job, "The job has successfully completed")
     return job
@@ -233,68 +194,95 @@ def succeed(session: Session, job_id: str, fence: int, **values: Any) -> Job:
 def fail(session: Session, job_id: str, fence: int, code: str, message: str, param: str | None = None) -> Job:
     """running → failed, with a reason the user can act on."""
     error = {"code": code, "message": storable(message[:8000]), "param": param}
-    job = _move(session, job_id, JobStatus.FAILED, fence=fence, error=error, finished_at=now(), estimated_finish=None)
+    job = move(session, job_id, JobStatus.FAILED, fence=fence, error=error, finished_at=now())
     events.append(session, job, f"The job failed: {message}", level="error", data={"code": code})
     return job
 
 
 def settle_cancelled(session: Session, job_id: str, fence: int) -> Job:
     """running → cancelled, by the owner of the run."""
-    job = _move(session, job_id, JobStatus.CANCELLED, fence=fence, finished_at=now(), estimated_finish=None)
+    job = move(session, job_id, JobStatus.CANCELLED, fence=fence, finished_at=now())
     events.append(session, job, "The job was cancelled")
     return job
 
 
 def give_back(session: Session, job_id: str, fence: int, reason: str) -> Job:
-    """running → queued without blame: a deploy, a worker that stops. A cancel that was asked for is settled instead."""
-    if owned(session, job_id, fence).cancel_requested_at is not None:
-        return settle_cancelled(session, job_id, fence)
-    job = _move(session, job_id, JobStatus.QUEUED, fence=fence, lease_until=None, worker=None)
-    events.append(session, job, f"Back in the queue: {reason}")
-    return job
+    """running → queued without blame: a deploy, a worker that stops. The way a pause is obeyed, too.
+
+    As on every way back to the queue, a cancel or a pause that was asked for is settled instead.
+    """
+    return _put_back(session, owned(session, job_id, fence), queued=f"Back in the queue: {reason}")
 
 
 def retry_or_fail(session: Session, job_id: str, fence: int, reason: str, max_attempts: int, delay_s: float = 0) -> Job:
     """running → queued after a death, or failed once `max_attempts` in a row brought no new checkpoint."""
     job = owned(session, job_id, fence, attempts=Job.attempts + 1)
-    if job.cancel_requested_at is not None:
-        return settle_cancelled(session, job_id, fence)
-    if job.attempts >= max_attempts:
+    if job.cancel_requested_at is None and job.attempts >= max_attempts:
         return fail(session, job_id, fence, "trainer_died", f"{reason} ({job.attempts} attempts without progress)")
-    return _try_again(
+    return _put_back(
         session,
         job,
-        f"{reason}; trying again, attempt {job.attempts + 1} of {max_attempts}",
-        _backoff_s(delay_s, job.attempts),
+        reason,
+        queued=f"{reason}; trying again, attempt {job.attempts + 1} of {max_attempts}",
+        not_before=now() + _backoff_s(delay_s, job.attempts),
     )
 
 
 def postpone_or_fail(session: Session, job_id: str, fence: int, reason: str, max_faults: int, delay_s: float) -> Job:
     """running → queued after a fault that was not the trainer's, with a budget of its own."""
     job = owned(session, job_id, fence, faults=Job.faults + 1)
-    if job.cancel_requested_at is not None:
-        return settle_cancelled(session, job_id, fence)
-    if job.faults >= max_faults:
+    if job.cancel_requested_at is None and job.faults >= max_faults:
         return fail(session, job_id, fence, "infrastructure_fault", f"{reason} ({job.faults} times in a row)")
-    return _try_again(session, job, f"{reason}; trying again later", _backoff_s(delay_s, job.faults))
-
-
-def _try_again(session: Session, job: Job, message: str, delay_s: float) -> Job:
-    values = {"lease_until": None, "worker": None, "not_before": now() + delay_s}
-    moved = _move(session, job.id, JobStatus.QUEUED, fence=job.fence, **values)
-    events.append(session, moved, message, level="warn")
-    return moved
+    return _put_back(
+        session,
+        job,
+        reason,
+        queued=f"{reason}; trying again later",
+        not_before=now() + _backoff_s(delay_s, job.faults),
+    )
 
 
 def adapt(session: Session, job_id: str, fence: int, overrides: dict[str, Any], message: str) -> Job:
     """running → queued without blame: memory ran out, and the next attempt makes other choices."""
     job = owned(session, job_id, fence)
+    adapted = {**(job.adapted or {}), **overrides}
+    return _put_back(session, job, message, queued=message, data={"training": overrides}, adapted=adapted)
+
+
+def _put_back(
+    session: Session,
+    job: Job,
+    trouble: str | None = None,
+    *,
+    queued: str,
+    data: dict[str, Any] | None = None,
+    **values: Any,
+) -> Job:
+    """running → queued, or what a client has asked for meanwhile: cancelled, else paused.
+
+    Args:
+        job: as `owned` has just read it.
+        trouble: what a pause does not explain; told on a paused job too.
+        queued: the event of a job that is queued.
+    """
     if job.cancel_requested_at is not None:
-        return settle_cancelled(session, job_id, fence)
-    values = {"adapted": {**(job.adapted or {}), **overrides}, "lease_until": None, "worker": None}
-    moved = _move(session, job_id, JobStatus.QUEUED, fence=fence, **values)
-    events.append(session, moved, message, level="warn", data={"training": overrides})
+        return settle_cancelled(session, job.id, job.fence)
+    status = JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED
+    moved = move(session, job.id, status, fence=job.fence, lease_until=None, worker=None, **values)
+    if status == JobStatus.QUEUED:
+        events.append(session, moved, queued, level="warn" if trouble else "info", data=data)
+        return moved
+    if trouble:
+        events.append(session, moved, trouble, level="warn", data=data)
+    tell_paused(session, moved)
     return moved
+
+
+def tell_paused(session: Session, job: Job) -> None:
+    """The event of a job that was paused: where it will go on."""
+    newest = select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id, Checkpoint.resumable)
+    step = session.scalar(newest) or 0
+    events.append(session, job, f"Job paused at step {step}", data={"step": step})
 
 
 def expire_leases(session: Session, max_faults: int, delay_s: float = 0) -> list[Job]:
@@ -328,8 +316,10 @@ def _backoff_s(first_s: float, times: int) -> float:
     return float(min(first_s * 2 ** (times - 1), MAX_RETRY_DELAY_S))
 
 
-def _move(session: Session, job_id: str, to: JobStatus, *, fence: int | None = None, **values: Any) -> Job:
-    """Move a job to `to` in one UPDATE guarded by its current status and fence.
+def move(session: Session, job_id: str, to: JobStatus, *, fence: int | None = None, **values: Any) -> Job:
+    """Move a job to `to` in one UPDATE guarded by its current status and fence. For the verbs of jobs only.
+
+    No move starts a run, so what only a run has ends with each: a pause that was asked for, an estimate of its end.
 
     Raises:
         LeaseLost: with a fence: the run is somebody else's, or over.
@@ -340,7 +330,7 @@ def _move(session: Session, job_id: str, to: JobStatus, *, fence: int | None = N
     job = session.scalar(
         update(Job)
         .where(Job.id == job_id, Job.status.in_(sources), *held)
-        .values(status=to, updated_at=now(), **values)
+        .values(status=to, updated_at=now(), pause_requested_at=None, estimated_finish=None, **values)
         .returning(Job)
         .execution_options(populate_existing=True)
     )

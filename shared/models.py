@@ -154,6 +154,8 @@ class Job(Base):
     suffix: Mapped[str | None] = mapped_column(String(64))
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    integrations: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As sent, in OpenAI's shape."""
     hyperparameters: Mapped[dict[str, Any]]
     """OpenAI's three, as sent; shown as numbers once resolved."""
     method: Mapped[dict[str, Any] | None]

@@ -53,6 +53,22 @@ class Method(Request):
         return self
 
 
+class WandbIntegration(Request):
+    """Where in Weights & Biases a job's metrics go. Its bounds are theirs."""
+
+    project: Annotated[StrictStr, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    name: Annotated[StrictStr, Field(min_length=1, max_length=128)] | None = None
+    """Of the run; by default the job's id."""
+    entity: Annotated[StrictStr, Field(pattern=r"^[^/\\#?%:\s]{1,128}$")] | None = None
+    """Team or user; by default the one of the operator's key."""
+    tags: Annotated[list[Annotated[StrictStr, Field(min_length=1, max_length=64)]], Field(max_length=50)] | None = None
+
+
+class Integration(Request):
+    type: Literal["wandb"]
+    wandb: WandbIntegration
+
+
 class JobCreate(Request):
     """POST /v1/fine_tuning/jobs."""
 
@@ -65,7 +81,8 @@ class JobCreate(Request):
     suffix: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     """At most 64 letters, digits, '.', '_' and '-': it becomes part of the model's name."""
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
-    integrations: list[Any] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
+    """Weights & Biases, at most once."""
     metadata: dict[StrictStr, StrictStr] | None = None
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     """Ours: every choice of a run."""
@@ -76,13 +93,6 @@ class JobCreate(Request):
         if isinstance(value, dict) and any(value.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
             raise ValueError(QUANTIZED_FULL)
         return {} if value is None else value
-
-    @field_validator("integrations")
-    @classmethod
-    def _no_integrations(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise ValueError("integrations are not available here; read GET /v1/fine_tuning/jobs/{id}/metrics")
-        return None
 
     @field_validator("metadata")
     @classmethod
@@ -221,13 +231,18 @@ class FineTuningJob(BaseModel):
     training_file: str
     validation_file: str | None
     estimated_finish: int | None
-    integrations: list[Any]
+    integrations: list[Integration]
     metadata: dict[str, Any] | None
     method: ShownMethod
     anneal: dict[str, Any]
 
     @classmethod
-    def of(cls, job: Job) -> Self:
+    def of(cls, job: Job, queue: dict[str, int | None] | None = None) -> Self:
+        """What a job shows.
+
+        Args:
+            queue: of `shared.queue_view`, of a queued job.
+        """
         resolved = job.resolved or {}
         hyperparameters = ShownHyperparameters(
             **{key: _shown_hyperparameter(key, resolved.get(key, sent)) for key, sent in job.hyperparameters.items()}
@@ -248,7 +263,7 @@ class FineTuningJob(BaseModel):
             training_file=job.training_file,
             validation_file=job.validation_file,
             estimated_finish=_seconds(job.estimated_finish),
-            integrations=[],
+            integrations=[Integration.model_validate(integration) for integration in job.integrations or ()],
             metadata=job.job_metadata,
             method=ShownMethod(supervised=ShownSupervised(hyperparameters=hyperparameters)),
             anneal={
@@ -260,6 +275,8 @@ class FineTuningJob(BaseModel):
                 "base": {"source": job.model_source, "revision": job.model_revision},
                 "claims": job.fence,
                 "cancel_requested": job.cancel_requested_at is not None,
+                "pause_requested": job.pause_requested_at is not None,
+                "queue": queue,
             },
         )
 

@@ -66,9 +66,13 @@ class TrainingSpec(BaseModel):
     """When memory runs out. `adapt`: smaller micro-batches of the same batch, then gradient checkpointing, neither of
     which changes a gradient. `truncate`: shorter sequences after that. `fail`: end the job and name what would fit."""
     eval_steps: PositiveInt | Auto = "auto"
-    """Evaluate on `validation_file` this often. `auto`: at every checkpoint."""
+    """Evaluate on `validation_file` this often, and always at the end. `auto`: at every checkpoint. A checkpoint that
+    falls between two evaluations shows the one before it (`valid_loss`) and none of its own (`full_valid_loss`)."""
     save_steps: PositiveInt | Auto = "auto"
     """Publish a checkpoint this often, and at the end. `auto`: a third of the run, at least every 500 steps."""
+    priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
+    """Of waiting jobs the one of the highest priority starts first, among equals the oldest. A running job is never
+    stopped for another."""
     keep_checkpoints: Annotated[StrictInt, Field(ge=1, le=100)] = 3
     """Newest checkpoints kept; the last one is the model."""
     load_in_4bit: StrictBool = False

@@ -1,4 +1,4 @@
-"""Keeping a claim: a thread renews the lease and reads the job's cancel request; the supervisor reads its flags."""
+"""Keeping a claim: a thread renews the lease and reads what clients ask for; the supervisor reads its flags."""
 
 import logging
 import threading
@@ -6,19 +6,17 @@ import time
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared import jobs
 from shared.db import reading, transaction
-from shared.models import Job, JobStatus
 from shared.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 class LeaseKeeper:
-    """Renews every `heartbeat_s`, looks for a cancel every `poll_s`.
+    """Renews every `heartbeat_s`, looks for a cancel or a pause every `poll_s`.
 
     A database out of reach changes no flag: training goes on, and whoever commits will learn whether the claim held.
     """
@@ -27,6 +25,8 @@ class LeaseKeeper:
         self.lost = threading.Event()
         """The claim is over: stop the trainer, commit nothing."""
         self.cancel_requested = threading.Event()
+        self.pause_requested = threading.Event()
+        """Cleared again when the request is withdrawn."""
         self._job_id = job_id
         self._fence = fence
         self._settings = settings
@@ -62,16 +62,18 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         with transaction() as session:
-            cancel = jobs.renew_lease(session, self._job_id, self._fence, self._settings.lease_s)
-        if cancel:
-            self.cancel_requested.set()
+            orders = jobs.renew_lease(session, self._job_id, self._fence, self._settings.lease_s)
+        self._note(orders)
 
     def _look(self) -> None:
         with reading() as session:
-            row = session.execute(
-                select(Job.fence, Job.status, Job.cancel_requested_at).where(Job.id == self._job_id)
-            ).one_or_none()
-        if row is None or row[0] != self._fence or row[1] != JobStatus.RUNNING:
-            raise jobs.LeaseLost(self._job_id)
-        if row[2] is not None:
+            orders = jobs.orders(session, self._job_id, self._fence)
+        self._note(orders)
+
+    def _note(self, orders: jobs.Orders) -> None:
+        if orders.cancel:
             self.cancel_requested.set()
+        if orders.pause:
+            self.pause_requested.set()
+        else:
+            self.pause_requested.clear()

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MAX_WAITING = 20_000
 """Messages held while the database is away; beyond it the trainer's pipe fills and it waits too."""
 BATCH = 200
 STORE_AGAIN_S = 1.0
+STORED_SOON_S = 0.05
+"""How long a flush waits for a checkpoint: small ones that piled up are all registered in one, not one a tick."""
 KEPT_WHILE_RUNNING = 2
 """At least: were the newest one damaged, there must be one before it."""
 
@@ -121,7 +123,7 @@ class Recorder:
             if time.monotonic() < self._store_again_at:
                 return False
             self._storing = self._storing_thread.submit(_store, self._settings, message)
-        if not self._storing.done():
+        if not wait([self._storing], STORED_SOON_S).done:
             return False
         storing, self._storing = self._storing, None
         try:
@@ -194,8 +196,7 @@ class Recorder:
             events.append(session, job, text, data=message.model_dump(exclude={"type", "resolved"}))
 
     def _checkpoint(self, session: Session, job: Job, message: Checkpoint) -> list[str]:
-        row = session.get(Metric, (job.id, message.step))
-        values = row.values if row is not None else {}
+        metrics = _checkpoint_metrics(session, job, message.step)
         replaced = checkpoints.register(
             session,
             job,
@@ -206,7 +207,7 @@ class Recorder:
             manifest_sha256=message.manifest_sha256,
             resumable=message.resumable,
             tokens=message.tokens,
-            metrics=_checkpoint_metrics(message.step, values),
+            metrics=metrics,
         )
         session.flush()
         keep = self._keep if not message.resumable else max(self._keep, KEPT_WHILE_RUNNING)
@@ -257,7 +258,13 @@ def _metrics(session: Session, job: Job, message: Metrics) -> None:
         job,
         f"Step {message.step}/{message.total_steps}: training loss={message.loss:.4f}",
         type="metrics",
-        data={"step": message.step, "train_loss": message.loss, **values},
+        data={
+            "step": message.step,
+            "total_steps": message.total_steps,
+            "train_loss": message.loss,
+            "train_mean_token_accuracy": message.mean_token_accuracy,
+            "anneal": values,
+        },
     )
 
 
@@ -275,21 +282,41 @@ def _evaluation(session: Session, job: Job, message: Evaluation) -> None:
         job,
         f"Step {message.step}: validation loss={message.eval_loss:.4f}",
         type="metrics",
+        # OpenAI looks at a part of the validation file often and at all of it at checkpoints; here it is always all.
         data={
             "step": message.step,
+            "total_steps": job.total_steps,
+            "valid_loss": message.eval_loss,
+            "valid_mean_token_accuracy": message.eval_mean_token_accuracy,
             "full_valid_loss": message.eval_loss,
             "full_valid_mean_token_accuracy": message.eval_mean_token_accuracy,
+            "anneal": values,
         },
     )
 
 
-def _checkpoint_metrics(step: int, values: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's names for what the step's row holds; names without a value are left out."""
-    named = {
-        "step": step,
-        "train_loss": values.get("loss"),
-        "train_mean_token_accuracy": values.get("mean_token_accuracy"),
-        "full_valid_loss": values.get("eval_loss"),
-        "full_valid_mean_token_accuracy": values.get("eval_mean_token_accuracy"),
-    }
+def _checkpoint_metrics(session: Session, job: Job, step: int) -> dict[str, Any]:
+    """OpenAI's names for what is known of a checkpoint's step; names without a value are left out.
+
+    Training and `valid_…`: the newest at or before the step, which need not have been logged or evaluated itself.
+    `full_valid_…`: of these very weights.
+    """
+    train = _newest(session, job, step, "loss")
+    valid = None if job.validation_file is None else _newest(session, job, step, "eval_loss")
+    named: dict[str, Any] = {"step": step}
+    if train is not None:
+        named["train_loss"] = train.values["loss"]
+        named["train_mean_token_accuracy"] = train.values.get("mean_token_accuracy")
+    if valid is not None:
+        accuracy = valid.values.get("eval_mean_token_accuracy")
+        named |= {"valid_loss": valid.values["eval_loss"], "valid_mean_token_accuracy": accuracy}
+        if valid.step == step:
+            named |= {"full_valid_loss": valid.values["eval_loss"], "full_valid_mean_token_accuracy": accuracy}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def _newest(session: Session, job: Job, step: int, name: str) -> Metric | None:
+    """The newest row at or before a step that has a value of this name."""
+    has_it = Metric.values[name].as_float().is_not(None)
+    rows = select(Metric).where(Metric.job_id == job.id, Metric.step <= step, has_it)
+    return session.scalar(rows.order_by(Metric.step.desc()).limit(1))

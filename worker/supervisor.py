@@ -5,8 +5,11 @@
                                       ├─ out of memory ─────► queued with the next rung of the ladder, or failed
                                       ├─ cancel obeyed ─────► cancelled
                                       ├─ shutdown obeyed ───► queued, resumes from its last checkpoint
+                                      ├─ pause obeyed ──────► paused; queued if it was withdrawn meanwhile
                                       ├─ died, or silent ───► queued, or failed after `max_attempts` without progress
                                       └─ claim lost ────────► nothing: the trainer is stopped, nobody is told
+
+`shared.jobs` sees to it that whatever would be queued is paused in its place while a pause is asked for.
 
 Trains nothing itself and imports no torch. Whatever happens here, the worker lives.
 """
@@ -33,6 +36,7 @@ from shared.training_spec import TrainingSpec
 from worker import lifecycle, memory
 from worker.host_lock import HostLock, LockHeld
 from worker.lease import LeaseKeeper
+from worker.orders import Orders
 from worker.preparation import Preparation
 from worker.recorder import Recorder
 from worker.run_folder import RunFolder
@@ -102,6 +106,7 @@ class _Run:
         self._resolved: dict[str, object] | None = None
         """Of this attempt, once its trainer has said so."""
         self._trainer: TrainerProcess | None = None
+        self._orders: Orders
 
     def execute(self, lease: LeaseKeeper) -> None:
         self._folder.work.mkdir(parents=True, exist_ok=True)
@@ -117,6 +122,9 @@ class _Run:
                 return
             if lease.cancel_requested.is_set():
                 self._settle_cancelled()
+                return
+            if lease.pause_requested.is_set():
+                self._give_back("a pause was asked for and withdrawn")
                 return
             spec = prepared.spec(base_dir, data_files, resume_from, self._leash_s)
             memory_kills = memory.kills()
@@ -136,9 +144,7 @@ class _Run:
     def _follow(self, trainer: TrainerProcess, lease: LeaseKeeper) -> Message | None:
         """Record messages and pass on orders until the trainer is gone. Returns its last word, None if it had none."""
         verdict: Message | None = None
-        deadline: float | None = None
-        trainer.watch(lifecycle.shutdown.fileno())
-        watching = True
+        orders = self._orders = Orders(trainer, lease, self._settings)
         looked_at = time.monotonic()
         while trainer.exit_status() is None:
             if self._recorder.full:
@@ -156,21 +162,12 @@ class _Run:
             looked_at = time.monotonic()
             if lease.lost.is_set():
                 raise jobs.LeaseLost(f"job {self._job.id} is no longer run by claim {self._job.fence}")
-            if deadline is None and lease.cancel_requested.is_set():
-                trainer.send(signal.SIGUSR1)
-                deadline = time.monotonic() + self._settings.trainer_stop_s
-            if watching and lifecycle.shutdown.is_set():
-                trainer.unwatch(lifecycle.shutdown.fileno())  # it stays readable; do not spin on it
-                watching = False
-                if deadline is None:
-                    trainer.send(signal.SIGTERM)
-                    deadline = time.monotonic() + self._settings.deploy_stop_s
-            if deadline is not None and time.monotonic() > deadline:
+            orders.pass_on()
+            if orders.overdue:
                 log.warning("trainer of %s did not stop in time; killing it", self._job.id)
                 self._overdue = True
                 trainer.kill()
-        if watching:
-            trainer.unwatch(lifecycle.shutdown.fileno())
+        orders.close()
         verdict = self._take(trainer.drain()) or verdict
         began = time.monotonic()
         while not self._recorder.flush():  # a checkpoint is on its way, or the database is away: the end waits for it
@@ -215,8 +212,9 @@ class _Run:
             case _ if lease.cancel_requested.is_set():
                 self._settle_cancelled()
             case _ if lifecycle.shutdown.is_set():
-                reason = "its worker was shut down"
-                self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
+                self._give_back("its worker was shut down")
+            case _ if self._orders.given and (isinstance(verdict, Stopped) or self._overdue):
+                self._give_back("a pause was asked for and withdrawn")
             case _ if max(self._looks_s) > self._leash_s:
                 self.settle_fault(f"The worker stood still for {max(self._looks_s):.0f} s and its trainer ended")
             case _:
@@ -269,6 +267,9 @@ class _Run:
         except BaseException:
             files.discard_bytes(self._settings, curve.file_id)
             raise
+
+    def _give_back(self, reason: str) -> None:
+        self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
 
     def _settle_cancelled(self) -> None:
         self._write(lambda session: jobs.settle_cancelled(session, self._job.id, self._job.fence))

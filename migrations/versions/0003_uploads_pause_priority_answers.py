@@ -40,6 +40,7 @@ def upgrade() -> None:
     op.create_index("upload_parts_by_upload", "upload_parts", ["upload_id"])
     op.add_column("jobs", sa.Column("pause_requested_at", sa.Float(53)))
     op.add_column("jobs", sa.Column("priority", sa.Integer, nullable=False, server_default="0"))
+    op.add_column("jobs", sa.Column("integrations", sa.JSON))
     op.drop_index("jobs_by_status", "jobs")
     op.create_index("jobs_by_status", "jobs", ["status", "priority", "created_at", "id"])
     op.create_table(
@@ -71,6 +72,7 @@ def downgrade() -> None:
     op.drop_table("answers")
     op.drop_index("jobs_by_status", "jobs")
     op.create_index("jobs_by_status", "jobs", ["status", "created_at", "id"])
+    op.drop_column("jobs", "integrations")
     op.drop_column("jobs", "priority")
     op.drop_column("jobs", "pause_requested_at")
     op.drop_table("upload_parts")

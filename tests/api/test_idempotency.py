@@ -16,7 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from shared import jobs
+from shared import job_creation
 from shared.db import transaction
 from shared.errors import Unavailable
 from shared.models import Answer, Creation, File
@@ -95,16 +95,16 @@ def test_errors_about_the_request_are_replayed(client: TestClient) -> None:
 
 def test_a_failure_of_ours_leaves_the_key_free(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     file_id = upload(client)["id"]
-    real = jobs.submit
+    real = job_creation.submit
 
     def away(*_: Any) -> Any:
         raise Unavailable("the database is out of reach")
 
-    monkeypatch.setattr("shared.jobs.submit", away)
+    monkeypatch.setattr("shared.job_creation.submit", away)
     assert create(client, file_id, "k1").status_code == 503
-    monkeypatch.setattr("shared.jobs.submit", lambda *_: 1 / 0)
+    monkeypatch.setattr("shared.job_creation.submit", lambda *_: 1 / 0)
     assert create(client, file_id, "k1").status_code == 500
-    monkeypatch.setattr("shared.jobs.submit", real)
+    monkeypatch.setattr("shared.job_creation.submit", real)
     answer = create(client, file_id, "k1")
     assert answer.status_code == 200 and not is_replay(answer)
 

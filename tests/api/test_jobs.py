@@ -20,6 +20,10 @@ def create(client: TestClient, **body: Any) -> Any:
     return client.post(JOBS, content=content, headers={"content-type": "application/json"})
 
 
+def wandb(**choices: Any) -> dict[str, Any]:
+    return {"type": "wandb", "wandb": {"project": "tickets", **choices}}
+
+
 def test_a_job_with_checked_files_is_queued_at_once(client: TestClient) -> None:
     job = create(client, suffix="my-model", seed=7, metadata={"team": "a"}).json()
     assert job["status"] == "queued"
@@ -72,7 +76,15 @@ def test_a_base_model_answers_to_its_alias(client: TestClient) -> None:
         ({"seed": "a"}, "seed", "a"),
         ({"seed": True}, "seed", "True"),
         ({"method": {"type": "dpo"}}, "method", "dpo"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations", "not available"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0.wandb", "required"),
+        ({"integrations": [{"type": "tensorboard"}]}, "integrations.0.type", "wandb"),
+        ({"integrations": [{"type": "wandb", "wandb": {}}]}, "integrations.0.wandb.project", "required"),
+        ({"integrations": [wandb(project="a/b")]}, "integrations.0.wandb.project", "a/b"),
+        ({"integrations": [wandb(tag="x")]}, "integrations.0.wandb.tag", "unknown key"),
+        ({"integrations": [wandb(tags=["x" * 65])]}, "integrations.0.wandb.tags.0", "x"),
+        ({"integrations": [wandb(), wandb()]}, "integrations", "1"),
+        ({"training": {"priority": 101}}, "training.priority", "101"),
+        ({"training": {"priority": 0.5}}, "training.priority", "0.5"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16"),
         ({"metadata": {"k": "x" * 513}}, "metadata", "512"),
         ({"metadata": {"k": 3}}, "metadata.k", "3"),

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 from sqlalchemy import update
 
-from shared import checkpoints, jobs, model_registry
+from shared import checkpoints, job_creation, model_registry
 from shared.db import reading, transaction
 from shared.models import Job, JobStatus, Model
 from shared.schemas import JobCreate
@@ -148,7 +148,7 @@ def test_a_job_that_is_being_created_keeps_its_model(client: TestClient, tuned: 
     request = JobCreate(model=name, training_file=upload(client)["id"])
     deleting = threading.Thread(target=lambda: answers.append(client.delete(f"/v1/models/{name}")))
     with transaction() as session:
-        job = jobs.submit(session, "default", request)
+        job = job_creation.submit(session, "default", request)
         deleting.start()
         deleting.join(0.5)
         assert not answers, "the deletion did not wait"

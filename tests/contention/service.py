@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from sqlalchemy import select
 
-from shared import db, files, jobs, storage
+from shared import db, files, job_creation, storage
 from shared.db import reading, transaction
 from shared.ids import new_id
 from shared.models import Event, FileStatus, Job
@@ -126,7 +126,7 @@ def add_jobs(file_id: str, count: int) -> list[str]:
     ids = []
     for _ in range(count):
         with transaction() as session:
-            ids.append(jobs.submit(session, "default", request).id)
+            ids.append(job_creation.submit(session, "default", request).id)
     return ids
 
 

@@ -57,7 +57,7 @@ def test_a_move_that_the_diagram_does_not_have_is_refused_whoever_asks() -> None
         with transaction() as session:
             session.execute(update(Job).where(Job.id == job_id).values(status=start))
         with pytest.raises(jobs.JobConflict), transaction() as session:
-            jobs._move(session, job_id, end)
+            jobs.move(session, job_id, end)
         assert status_of(job_id) == start
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from shared import events, files, jobs
+from shared import events, files, job_creation, jobs
 from shared.db import clock, now, transaction
 from shared.errors import Conflict, NotFound
 from shared.ids import new_id
@@ -38,7 +38,7 @@ def add_file(status: FileStatus = FileStatus.PROCESSED) -> str:
 def add_job(file_id: str, **body: Any) -> str:
     with transaction() as session:
         request = JobCreate.model_validate({"model": BASE, "training_file": file_id, **body})
-        return jobs.submit(session, "default", request).id
+        return job_creation.submit(session, "default", request).id
 
 
 def status_of(job_id: str) -> str:

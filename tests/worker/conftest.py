@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared import files, jobs, storage
+from shared import files, job_creation, storage
 from shared.db import transaction
 from shared.ids import new_id
 from shared.models import FileStatus
@@ -46,6 +46,6 @@ def submit(settings: Settings) -> Callable[..., str]:
             )
             body = {"model": BASE, "training_file": file_id, "suffix": "toy", "training": training or {}}
             request = JobCreate.model_validate({**body, "validation_file": file_id if validated else None})
-            return jobs.submit(session, "default", request).id
+            return job_creation.submit(session, "default", request).id
 
     return submit

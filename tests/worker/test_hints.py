@@ -4,7 +4,7 @@ import time
 
 import redis
 
-from shared import files, jobs
+from shared import files, job_creation
 from shared.db import transaction
 from shared.ids import new_id
 from shared.models import FileStatus
@@ -46,7 +46,7 @@ def test_a_sweep_sends_the_hints_that_a_lost_broker_took_along(settings: Setting
     request = JobCreate.model_validate({"model": BASE, "training_file": file_id})
     for _ in range(3):
         with transaction() as session:
-            jobs.submit(session, "default", request)
+            job_creation.submit(session, "default", request)
     sweeper.resend_hints()
     assert waiting() == (3, 1)
     sweeper.resend_hints()
@@ -56,7 +56,7 @@ def test_a_sweep_sends_the_hints_that_a_lost_broker_took_along(settings: Setting
     assert waiting() == (3, 1)
     for _ in range(MOST_HINTS):
         with transaction() as session:
-            jobs.submit(session, "default", request)
+            job_creation.submit(session, "default", request)
     sweeper.resend_hints()
     assert waiting() == (MOST_HINTS, 1)
     broker.flushall()

@@ -48,8 +48,13 @@ def test_a_finished_run_leaves_a_model_metrics_events_and_a_result_file(
         assert list(session.scalars(select(Metric.step).order_by(Metric.step))) == [1, 2, 3, 4, 5]
         steps = {row.step: row for row in session.scalars(select(Checkpoint))}
         assert sorted(steps) == [2, 4, 5]
-        losses = {"train_loss": wanted.losses[1], "full_valid_loss": wanted.validation_losses[2]}
-        assert steps[2].metrics == {"step": 2, **losses}
+        valid = wanted.validation_losses[2]
+        assert steps[2].metrics == {
+            "step": 2,
+            "train_loss": wanted.losses[1],
+            "valid_loss": valid,
+            "full_valid_loss": valid,
+        }
         model = session.get(Model, job.fine_tuned_model)
         assert model is not None and model.location == steps[5].location
         assert session.get(Model, f"{job.fine_tuned_model}:ckpt-step-2") is not None
