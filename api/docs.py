@@ -77,6 +77,7 @@ def _docs() -> HTMLResponse:
         swagger_js_url=f"{ASSETS_URL}/swagger-ui-bundle.js",
         swagger_css_url=f"{ASSETS_URL}/swagger-ui.css",
         swagger_favicon_url=f"{ASSETS_URL}/favicon.png",
+        swagger_ui_parameters={"validatorUrl": None},  # else it may ask a validator on the Internet
     )
 
 

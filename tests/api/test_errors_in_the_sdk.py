@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,6 +42,14 @@ class Sdk:
         assert error.request_id is not None and error.request_id.startswith("req_")
         assert isinstance(error.code, str) and isinstance(error.type, str) and error.message
         return error
+
+
+@pytest.fixture
+def database_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """Errors look alike whatever the database is."""
+    path = tmp_path / "anneal.db"
+    path.write_bytes(sqlite_template.read_bytes())
+    return f"sqlite:///{path}"
 
 
 @pytest.fixture

@@ -170,6 +170,7 @@ def test_real_answers_are_as_described(
 def test_the_documentation_needs_nobody_else(client: TestClient) -> None:
     page = client.get("/docs").text
     assert client.get("/").url.path == "/docs"
+    assert '"validatorUrl": null' in page
     links = re.findall(r"""(?:src|href|url)\s*[=:]\s*['"]([^'"]+)['"]""", page)
     assert len(links) >= 4
     for link in links:
