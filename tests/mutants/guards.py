@@ -2,7 +2,8 @@
 
 from tests.mutants.bytes import BYTES
 from tests.mutants.guard import Guard
+from tests.mutants.requests import REQUESTS
 from tests.mutants.state import STATE, SWEEP
 from tests.mutants.trainers import TRAINER
 
-GUARDS: tuple[Guard, ...] = (*STATE, *SWEEP, *TRAINER, *BYTES)
+GUARDS: tuple[Guard, ...] = (*STATE, *SWEEP, *TRAINER, *BYTES, *REQUESTS)
