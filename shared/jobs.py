@@ -163,14 +163,19 @@ def locked(session: Session, project_id: str, job_id: str) -> Job:
     return session.get_one(Job, job_id, with_for_update=True, populate_existing=True)
 
 
-def request_cancel(session: Session, project_id: str, job_id: str) -> Job:
+def request_cancel(session: Session, project_id: str, job_id: str, *, again: bool = False) -> Job:
     """Cancel: an idle job ends at once, a running one as soon as its owner reads the request.
+
+    Args:
+        again: the client has asked before and lost the answer; that the job is cancelled is what it wanted.
 
     Raises:
         NotFound: no such job.
         JobConflict: the job has ended.
     """
     job = locked(session, project_id, job_id)
+    if again and job.status == JobStatus.CANCELLED:
+        return job
     if job.status in TERMINAL:
         raise JobConflict(f"job {job_id} has already ended ({job.status}); it can't be cancelled")
     if job.status != JobStatus.RUNNING:

