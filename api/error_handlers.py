@@ -29,7 +29,6 @@ from api.idempotency import REPLAYED, Once, Replay
 from shared.db import UNAVAILABLE
 from shared.errors import AppError, BadRequest, NotFound, Unavailable
 from shared.storage import StorageFull
-from shared.text import storable
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +52,10 @@ def install(app: FastAPI) -> None:
 
 def error_response(error: AppError) -> JSONResponse:
     """OpenAI's error body and the headers its SDKs obey."""
-    body = error.body()["error"]
-    for part in ("message", "param"):
-        body[part] = body[part] and storable(body[part])  # a lone surrogate can't be encoded
     headers = _retry_headers(error.status_code, error.should_retry)
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=headers)
+    return JSONResponse(error.body(), status_code=error.status_code, headers=headers)
 
 
 def _retry_headers(status_code: int, should_retry: bool | None) -> dict[str, str]:

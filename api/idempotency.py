@@ -135,9 +135,10 @@ class Once:
         """
         assert self._key is not None
         request = self._keyed(self._key)
+        body = json.dumps(error.body(), ensure_ascii=False, separators=(",", ":"))  # as it is sent the first time
         try:
             with transaction() as session:
-                if not answers.keep(session, request, error.status_code, json.dumps(error.body())):
+                if not answers.keep(session, request, error.status_code, body):
                     raise Replay(_winner(session, request))
         except UNAVAILABLE as unavailable:
             log.warning(

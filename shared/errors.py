@@ -17,6 +17,8 @@ The message holds the offending value and the next step. The body is OpenAI's:
 
 from typing import Any
 
+from shared.text import storable
+
 
 class AppError(Exception):
     """Base of the tree.
@@ -44,8 +46,9 @@ class AppError(Exception):
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error body."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """OpenAI's error body. Free of what a client may have sent and no encoder takes."""
+        param = None if self.param is None else storable(self.param)
+        return {"error": {"message": storable(self.message), "type": self.type, "param": param, "code": self.code}}
 
 
 class BadRequest(AppError):

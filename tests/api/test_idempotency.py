@@ -182,6 +182,28 @@ def test_a_file_retried_without_a_key_is_told_once(client: TestClient, settings:
     assert send_file(client, **{"x-stainless-retry-count": "1"}).json()["id"] != first["id"]
 
 
+def test_uploads_and_their_parts_are_made_once(client: TestClient, settings: Settings) -> None:
+    about = {"filename": "a.jsonl", "purpose": "fine-tune", "bytes": len(CONTENT), "mime_type": "application/jsonl"}
+
+    def send(path: str, **options: Any) -> list[Any]:
+        answers = [client.post(f"/v1/uploads{path}", headers={"idempotency-key": "u"}, **options) for _ in range(2)]
+        assert answers[0].text == answers[1].text and [is_replay(answer) for answer in answers] == [False, True]
+        return answers
+
+    upload_id = send("", json=about)[0].json()["id"]
+    part_id = send(f"/{upload_id}/parts", files={"data": ("data", CONTENT)})[0].json()["id"]
+    assert stored_files(settings) == 1
+    refused = send(f"/{upload_id}/complete", json={"part_ids": ["part_nope"]})
+    assert [answer.status_code for answer in refused] == [400, 400]
+    done = client.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": [part_id]})
+    assert done.json()["status"] == "completed"
+    ids = [
+        client.post("/v1/uploads", json=about, headers={"x-stainless-retry-count": str(retry)}).json()["id"]
+        for retry in (0, 1, 1)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_requests_that_arrive_together_with_one_key_create_once(server: str) -> None:
     with httpx.Client(base_url=server, timeout=30) as client, ThreadPoolExecutor(8) as pool:
         file_id = send_file(client).json()["id"]
