@@ -11,15 +11,18 @@ from tests.campaign.toy_model import ToyModel, reference
 
 
 def test_a_small_campaign_finds_nothing_wrong(tmp_path: Path) -> None:
-    options = ["--seed", "7", "--faults", "25", "--jobs", "8", "--wait", "0.4", "--no-generate", "--garbage-age", "20"]
+    options = ["--seed", "20", "--faults", "25", "--jobs", "8", "--wait", "0.4", "--no-generate", "--garbage-age", "20"]
     command = [sys.executable, "-m", "tests.campaign", *options, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("SEED=7\n")
+    assert done.stdout.startswith("SEED=20\n")
     verdict = json.loads((tmp_path / "campaign_toy_sqlite.json").read_text())
     assert verdict["good"] and not any(verdict["bad_outcomes"].values())
     assert verdict["jobs"]["count"] >= 8
     assert verdict["faults"]["count"] == 25
+    clients = verdict["clients"]
+    assert clients["keys"] and clients["uploads"]["expired"] and clients["files_compared"] >= 8
+    assert sum(clients["pauses_answered"].values()) == 3
     log = [json.loads(line) for line in (tmp_path / "campaign_toy_sqlite_faults.log").read_text().splitlines()]
     assert [fault["number"] for fault in log] == list(range(1, 26))
     assert {"at", "action", "role", "pid"} <= set(log[0])
@@ -37,6 +40,19 @@ def test_a_seed_gives_the_same_jobs_and_faults_again() -> None:
     assert drawn(1) != drawn(2)
     assert {(fault.action, fault.role) for fault in drawn(1)} >= {("kill", "trainer"), ("stop", "supervisor")}
     assert any(fault.is_alone for fault in drawn(1))
+
+
+def test_clients_have_every_habit() -> None:
+    jobs = [plan.toy_job(1, number) for number in range(200)]
+    assert {job.retry for job in jobs} == {"looks", "key", "counts"}
+    assert {job.is_sent_in_parts for job in jobs} == {job.is_cancelled_paused for job in jobs} == {True, False}
+    assert {0.5, 5.0, 20.0} == {
+        next(most for _, most in sorted(plan.PAUSED_FOR_S.values()) if job.paused_for_s <= most)
+        for job in jobs
+        if job.pause_after_s is not None
+    }
+    assert any("priority" in job.training for job in jobs)
+    assert all(job.cancel_after_s is None for job in jobs if job.pause_after_s is not None)
 
 
 def test_a_toy_that_forgets_any_part_of_its_state_ends_elsewhere() -> None:

@@ -1,7 +1,7 @@
 """A trainer without torch: everything but the arithmetic is the real trainer's own code.
 
 Spec, leash, protocol, orders to stop, checkpoints and resuming are `worker.training`'s; the model is `toy_model`'s.
-What it does is written in the first row of the training file: {"steps", "save_steps", "step_s", "behaviour"}, as it is
+What it does is written in the first row of the training file: {"steps", "save_steps", "eval_steps", "step_s", "behaviour"}, as it is
 or as the completion of a prompt. Where `ANNEAL_CAMPAIGN_JOURNAL` names a folder, each step done is also noted there,
 whoever gets to know of it: that is how much work was really lost, and what a run that lost its claim computed.
 """
@@ -40,6 +40,8 @@ class ToyPlan:
 
     steps: int
     save_steps: int = NEVER
+    eval_steps: int | None = None
+    """None: with each save."""
     step_s: float = 0.01
     behaviour: str = "finish"
 
@@ -97,8 +99,10 @@ class _Run:
             if stops.cancelled:
                 self._reporter.send(stops.message)
                 return 0
-            if step % plan.save_steps == 0 or stops.interrupted:
+            saves = step % plan.save_steps == 0 or stops.interrupted
+            if saves if plan.eval_steps is None else step % plan.eval_steps == 0:
                 self._evaluate(step)
+            if saves:
                 self._publish(step, resumable=True)
             if stops.requested:
                 self._reporter.send(stops.message)
