@@ -213,12 +213,17 @@ class _Run:
                 self._settle_cancelled()
             case _ if lifecycle.shutdown.is_set():
                 self._give_back("its worker was shut down")
-            case _ if self._orders.given and (isinstance(verdict, Stopped) or self._overdue):
+            case _ if self._orders.given and self._stopped_as_told(verdict):
                 self._give_back("a pause was asked for and withdrawn")
             case _ if max(self._looks_s) > self._leash_s:
                 self.settle_fault(f"The worker stood still for {max(self._looks_s):.0f} s and its trainer ended")
             case _:
                 self.settle_retry(self._obituary())
+
+    def _stopped_as_told(self, verdict: Message | None) -> bool:
+        """Whether it ended because of an order: obeyed, too late, or too early for it to have a handler."""
+        assert self._trainer is not None
+        return isinstance(verdict, Stopped) or self._overdue or self._trainer.exit_status() == -signal.SIGTERM
 
     def _settle_out_of_memory(self, verdict: Failed) -> None:
         """Once more with the next rung of the ladder, from the last checkpoint; or failed, with what would fit."""

@@ -1,8 +1,8 @@
 """A trainer without torch: everything but the arithmetic is the real trainer's own code.
 
 Spec, leash, protocol, orders to stop, checkpoints and resuming are `worker.training`'s; the model is `toy_model`'s.
-What it does is written in the first row of the training file: {"steps", "save_steps", "eval_steps", "step_s", "behaviour"}, as it is
-or as the completion of a prompt. Where `ANNEAL_CAMPAIGN_JOURNAL` names a folder, each step done is also noted there,
+What it does is written in the first row of the training file: {"steps", "save_steps", "step_s", …} of `ToyPlan`, as it
+is or as the completion of a prompt. Where `ANNEAL_CAMPAIGN_JOURNAL` names a folder, each step done is also noted there,
 whoever gets to know of it: that is how much work was really lost, and what a run that lost its claim computed.
 """
 
