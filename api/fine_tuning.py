@@ -19,6 +19,7 @@ from api.paging import After, Limit, page
 from shared import answers, checkpoints, job_creation, jobs, model_registry, waiting
 from shared.db import reading, transaction
 from shared.errors import BadRequest
+from shared.metadata_filter import has_metadata
 from shared.models import Job, JobStatus, Metric
 from shared.queue_view import queue_view
 from shared.schemas import FineTuningJob, JobCheckpoint, JobCreate, Page
@@ -43,7 +44,7 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
     query = select(Job).where(Job.project_id == caller.project_id)
     for key, value in request.query_params.multi_items():
         if key.startswith("metadata[") and key.endswith("]"):
-            query = query.where(Job.job_metadata[key[9:-1]].as_string() == value)
+            query = query.where(has_metadata(key[9:-1], value))
         elif key == "metadata" and value == "null":
             query = query.where(Job.job_metadata.is_(null()))
         elif key not in ("limit", "after"):

@@ -159,6 +159,16 @@ def test_jobs_are_listed_newest_first_and_filtered_by_metadata(client: TestClien
     assert [job["id"] for job in client.get(JOBS, params={"metadata": "null"}).json()["data"]] == [bare]
 
 
+@pytest.mark.parametrize("text", ['quo"te', "Ünï", "dotted.key", "back\\slash", "'", "$", "[0]", "a%_b", ""])
+def test_metadata_is_found_by_any_characters(text: str, client: TestClient) -> None:
+    file = upload(client)["id"]
+    ids = [create(client, training_file=file, metadata=pair).json()["id"] for pair in ({text: "1"}, {"key": text})]
+    create(client, training_file=file, metadata={"key": "another", "other": "1"})
+    for found, name, value in zip(ids, (text, "key"), ("1", text), strict=True):
+        listed = client.get(JOBS, params={f"metadata[{name}]": value}).json()["data"]
+        assert [job["id"] for job in listed] == [found]
+
+
 def test_unknown_jobs_are_404_on_every_route(client: TestClient) -> None:
     for method, path in [
         ("GET", ""),

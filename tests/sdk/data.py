@@ -12,12 +12,12 @@ from tests.training.tiny_llama import make_tiny_llama, sentence
 TINY = "test/tiny"
 """A two-layer Llama that trains in milliseconds a step."""
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHORT = {"max_seq_length": 64, "batch_size": 2, "micro_batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+SHORT = {"max_seq_length": 128, "batch_size": 2, "micro_batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3}
 """`training` of every run here."""
 
 
 def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Conversations of varying length, none of which is cut at 64 tokens."""
+    """Conversations of varying length, none of which is cut at 128 tokens."""
     draw = random.Random(seed)
     return [
         {

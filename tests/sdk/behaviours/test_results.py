@@ -215,8 +215,8 @@ def test_a_failed_job_says_why(runs: Runs, client: OpenAI) -> None:
     job = runs.broken.result(LIMIT_S)
     assert (job.status, job.fine_tuned_model, job.result_files) == ("failed", None, [])
     assert job.error is not None
-    assert (job.error.code, job.error.param) == ("invalid_training_file", "training_file")
-    assert "64 tokens" in job.error.message
+    assert (job.error.code, job.error.param) == ("invalid_training_file", "training.max_seq_length")
+    assert f"{SHORT['max_seq_length']} tokens" in job.error.message
     newest = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
     assert newest.level == "error"
     assert job.error.message in newest.message

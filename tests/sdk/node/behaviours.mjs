@@ -270,7 +270,7 @@ behaviour("a finished job is read as Python reads it", async () => {
 behaviour("a failed job says why", async () => {
   const job = await jobs.retrieve(broken);
   assert.equal(job.status, "failed");
-  assert.equal(job.error.param, "training_file");
+  assert.equal(job.error.code, "invalid_training_file");
 });
 
 behaviour("the result file is read", async () => {
