@@ -14,7 +14,7 @@ from openai import OpenAI
 from sqlalchemy import func, select, update
 
 from api import uploads as routes
-from shared import storage
+from shared import files, storage
 from shared.db import now, reading, transaction
 from shared.files import Finding
 from shared.models import File, FileStatus, Upload, UploadPart
@@ -226,18 +226,20 @@ def test_of_completions_at_once_one_wins_and_all_are_told_of_it(
     assert (count(File), count(UploadPart)) == (1, 0)
 
 
+@pytest.mark.parametrize(("module", "step"), [(routes, "_content"), (files, "inspect")])
 def test_a_completion_loses_against_a_cancel_that_comes_meanwhile(
-    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch, module: Any, step: str
 ) -> None:
+    """Before its parts are read, and when all that is left is the transaction."""
     upload_id = begin(client)
     part_ids = add_all(client, upload_id)
-    content = routes._content
+    go_on = getattr(module, step)
 
     def cancel_first(*args: Any) -> Any:
         assert client.post(f"/v1/uploads/{upload_id}/cancel").status_code == 200
-        return content(*args)
+        return go_on(*args)
 
-    monkeypatch.setattr(routes, "_content", cancel_first)
+    monkeypatch.setattr(module, step, cancel_first)
     error = refused(complete(client, upload_id, part_ids))
     assert error["code"] == "upload_not_pending" and "cancelled" in error["message"]
     assert (count(File), stored_files(settings)) == (0, set())
