@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from shared import answers, files, jobs, storage, uploads
+from shared import answers, files, job_creation, storage, uploads
 from shared.db import now, reading, transaction
 from shared.ids import new_id
 from shared.models import Answer, Creation, File, FileStatus, Job, Upload, UploadPart, UploadStatus
@@ -56,7 +56,7 @@ def pass_by(session: Session, model: type[File] | type[Upload], *object_ids: str
 
 
 def submit(session: Session, file_id: str, **more: str) -> str:
-    return jobs.submit(session, "default", JobCreate(model=MODEL, training_file=file_id, **more)).id
+    return job_creation.submit(session, "default", JobCreate(model=MODEL, training_file=file_id, **more)).id
 
 
 def ids(model: type[File] | type[UploadPart]) -> set[str]:
