@@ -3,10 +3,10 @@
 All of it is created before the first test, so it is older than any job of a test and the one worker takes it first:
 
     finished   trained to its end, with a validation file and three checkpoints
-    paused     paused while it runs, resumed, trained to its end
-    real       two steps of SmolLM2-135M-Instruct
     broken     fails: every row is longer than the run allows
+    paused     paused while it runs, resumed, trained to its end
     cancelled  cancelled while it runs
+    real       two steps of SmolLM2-135M-Instruct
     held       runs until the suite is over: its trainer stands still, and costs nothing
 
 So a job that a test creates stays queued for as long as the suite lasts.
@@ -92,10 +92,10 @@ class Runs:
             seed=42,
             metadata={"suite": "finished"},
         )
-        self._create("paused", TINY, {"max_steps": PAUSED_STEPS, "save_steps": 1000, "logging_steps": 5})
-        self._create("real", SMOLLM2, {"max_steps": 2}, suffix="real")
         self._create("broken", TINY, {"max_steps": 2}, training_file=self._upload([long_row] * 4))
+        self._create("paused", TINY, {"max_steps": PAUSED_STEPS, "save_steps": 1000, "logging_steps": 5})
         self._create("cancelled", TINY, {"max_steps": 10**6, "save_steps": 10**6, "logging_steps": 5})
+        self._create("real", SMOLLM2, {"max_steps": 2}, suffix="real")
         self._create("held", TINY, {"max_steps": 10**6, "save_steps": 10**6, "logging_steps": 5})
         threading.Thread(target=self._see_through, daemon=True).start()
 
@@ -118,10 +118,10 @@ class Runs:
         scenes: list[tuple[Future[Any], Callable[[], Any]]] = [
             (self.seen_running, self._watch_the_first),
             (self.finished, lambda: self._wait("finished", is_ended)),
-            (self.paused, self._pause_and_resume),
-            (self.real, lambda: self._wait("real", is_ended)),
             (self.broken, lambda: self._wait("broken", is_ended)),
+            (self.paused, self._pause_and_resume),
             (self.cancelled, self._cancel_while_it_runs),
+            (self.real, lambda: self._wait("real", is_ended)),
             (self.held, self._hold),
         ]
         for future, scene in scenes:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai import AuthenticationError, BadRequestError, NotFoundError
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.integration.test_up import KEY
@@ -62,7 +63,7 @@ def test_content_is_read(file: Any, there: dict[str, Any]) -> None:
 
 def test_a_file_is_deleted(file: Any, there: dict[str, Any]) -> None:
     assert litellm.file_delete(file_id=file.id, **there).deleted
-    with pytest.raises(litellm.NotFoundError):
+    with pytest.raises(NotFoundError):
         litellm.file_retrieve(file_id=file.id, **there)
 
 
@@ -117,10 +118,10 @@ def test_a_job_is_cancelled(job: Any, there: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("choices", "expected", "said"),
     [
-        ({"model": "nope"}, litellm.NotFoundError, "nope"),
-        ({"training_file": "file-nope"}, litellm.NotFoundError, "file-nope"),
-        ({"suffix": "no spaces"}, litellm.BadRequestError, "suffix"),
-        ({"api_key": "wrong"}, litellm.AuthenticationError, "API key"),
+        ({"model": "nope"}, NotFoundError, "nope"),
+        ({"training_file": "file-nope"}, NotFoundError, "file-nope"),
+        ({"suffix": "no spaces"}, BadRequestError, "suffix"),
+        ({"api_key": "wrong"}, AuthenticationError, "API key"),
     ],
 )
 def test_a_failure_has_its_exception(
