@@ -133,6 +133,8 @@ def test_a_completed_upload_never_expires(settings: Settings) -> None:
         session.execute(update(Upload).values(status=UploadStatus.COMPLETED))
         pass_by(session, Upload, upload_id)
     assert expiry.remove_expired(settings) == 0
+    with transaction() as session:  # found by a sweep before it was completed
+        assert uploads.expire(session, [upload_id]) == []
     with reading() as session:
         assert session.get_one(Upload, upload_id).status == UploadStatus.COMPLETED
 
