@@ -13,7 +13,6 @@ in no task any more. Messages are hints and acknowledged early, so nothing is lo
 import faulthandler
 import logging
 import os
-import select
 import threading
 import time
 
@@ -45,7 +44,7 @@ class ConsumerWatch(threading.Thread):
 
     def run(self) -> None:
         while not self.is_wedged():
-            if select.select([lifecycle.shutdown], [], [], LOOK_EVERY_S)[0]:
+            if lifecycle.shutdown.wait(LOOK_EVERY_S):
                 self._see_it_leave()
                 return
         log.critical("hints wait in %s and this idle worker takes none; it ends, to be started again", self._queue)

@@ -45,7 +45,14 @@ class Shutdown:
         os.write(self._writer, b"x")
 
     def is_set(self) -> bool:
-        return bool(select.select([self._reader], [], [], 0)[0])
+        return self.wait(0)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the flag for at most so long; whether it is set."""
+        # `select` takes no descriptor past 1023.
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
 
 
 shutdown = Shutdown()

@@ -12,13 +12,16 @@ from tests.failpoints.scenario import LARGE, Facts, Scenario, facts_of
 from tests.failpoints.world import BASE, World
 
 
-def request(world: World, what: str, method: str, url: str, key: str | None = None, **body: Any) -> None:
-    """One request as a client makes it; the answer is noted as soon as it is there, and the API shut down after it.
+def request(
+    world: World, what: str, method: str, url: str, key: str | None = None, retries: int = 0, **body: Any
+) -> None:
+    """One request as OpenAI's SDK makes it; the answer is noted as soon as it is there, and the API shut down after it.
 
     Args:
         key: sent as the Idempotency-Key.
+        retries: how often the client has tried before.
     """
-    headers = {} if key is None else {"idempotency-key": key}
+    headers = {"x-stainless-retry-count": str(retries)} | ({} if key is None else {"idempotency-key": key})
     with TestClient(create_app(world.settings), base_url="http://localhost", raise_server_exceptions=False) as client:
         answer = client.request(method, url, headers=headers, **body)
         world.note(what=what, status=answer.status_code, body=answer.json(), key=key)
@@ -29,7 +32,7 @@ def until_answered(act: Callable[[World, Facts], None]) -> Callable[[World, Fact
 
     def again(world: World, facts: Facts) -> None:
         if not any(entry["status"] == 200 for entry in world.journal()):
-            act(world, facts)
+            act(world, facts | {"retries": 1})
 
     return again
 
@@ -52,7 +55,7 @@ def uploading(name: str, content: bytes) -> Scenario:
 
 def _create_job(world: World, facts: Facts) -> None:
     body = {"model": BASE, "training_file": facts["file"], "training": {"keep_checkpoints": 1}}
-    request(world, "submit", "POST", "/v1/fine_tuning/jobs", json=body)
+    request(world, "submit", "POST", "/v1/fine_tuning/jobs", retries=facts.get("retries", 0), json=body)
 
 
 def submitting(name: str, status: FileStatus) -> Scenario:

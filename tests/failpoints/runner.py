@@ -89,7 +89,9 @@ def run_all(
             while waiting or running:
                 while waiting and idle:
                     lane, case = idle.pop(), waiting.pop()
-                    answer = Path(tempfile.mkstemp(prefix="anneal-outcome-")[1])
+                    descriptor, path = tempfile.mkstemp(prefix="anneal-outcome-")
+                    os.close(descriptor)
+                    answer = Path(path)
                     running[_start(lane, case, answer)] = (lane, case, answer, time.monotonic())
                 for pid, (lane, case, answer, began) in list(running.items()):
                     if os.waitpid(pid, os.WNOHANG)[0]:
