@@ -46,11 +46,20 @@ REQUESTS = (
         "    return row, file, []\n",
         failpoints("upload-complete"),
     ),
-    guard(
+    Guard(
         "a completed upload does not expire",
-        "shared/uploads.py",
-        "            .where(Upload.status == UploadStatus.PENDING, Upload.expires_at <= now())\n",
-        "            .where(Upload.expires_at <= now())\n",
+        (
+            Change(
+                "shared/uploads.py",
+                "            .where(Upload.status == UploadStatus.PENDING, Upload.expires_at <= now())\n",
+                "            .where(Upload.expires_at <= now())\n",
+            ),
+            Change(
+                "shared/uploads.py",
+                "Upload.id.in_(mine), Upload.status == UploadStatus.PENDING, Upload.expires_at <= now()",
+                "Upload.id.in_(mine), Upload.expires_at <= now()",
+            ),
+        ),
         pytest(f"{EXPIRY}::test_a_completed_upload_never_expires"),
     ),
     guard(
@@ -113,8 +122,9 @@ REQUESTS = (
     guard(
         "a creation without a key is remembered in its transaction",
         "api/idempotency.py",
-        "            answers.remember_creation(session, self._project_id, self._sha256, object_id, answer",
-        "            str((self._sha256, object_id, answer",
+        "            answers.remember_creation("
+        "session, self._project_id, self._sha256, object_id, answer.model_dump_json())\n",
+        "            pass\n",
         pytest(f"{ONCE}::test_a_retry_without_a_key_is_told_once_what_was_created"),
     ),
     guard(
