@@ -3,13 +3,14 @@
 All of it is created before the first test, so it is older than any job of a test and the one worker takes it first:
 
     finished   trained to its end, with a validation file and three checkpoints
-    broken     fails: every row is longer than the run allows
     paused     paused while it runs, resumed, trained to its end
+    broken     fails: every row is longer than the run allows
     cancelled  cancelled while it runs
     real       two steps of SmolLM2-135M-Instruct
     held       runs until the suite is over: its trainer stands still, and costs nothing
 
-So a job that a test creates stays queued for as long as the suite lasts.
+So a job that a test creates stays queued for as long as the suite lasts. What follows the pause must end by itself: the
+resumed job waits for it.
 """
 
 import signal
@@ -92,8 +93,8 @@ class Runs:
             seed=42,
             metadata={"suite": "finished"},
         )
-        self._create("broken", TINY, {"max_steps": 2}, training_file=self._upload([long_row] * 4))
         self._create("paused", TINY, {"max_steps": PAUSED_STEPS, "save_steps": 1000, "logging_steps": 5})
+        self._create("broken", TINY, {"max_steps": 2}, training_file=self._upload([long_row] * 4))
         self._create("cancelled", TINY, {"max_steps": 10**6, "save_steps": 10**6, "logging_steps": 5})
         self._create("real", SMOLLM2, {"max_steps": 2}, suffix="real")
         self._create("held", TINY, {"max_steps": 10**6, "save_steps": 10**6, "logging_steps": 5})
@@ -118,8 +119,8 @@ class Runs:
         scenes: list[tuple[Future[Any], Callable[[], Any]]] = [
             (self.seen_running, self._watch_the_first),
             (self.finished, lambda: self._wait("finished", is_ended)),
-            (self.broken, lambda: self._wait("broken", is_ended)),
             (self.paused, self._pause_and_resume),
+            (self.broken, lambda: self._wait("broken", is_ended)),
             (self.cancelled, self._cancel_while_it_runs),
             (self.real, lambda: self._wait("real", is_ended)),
             (self.held, self._hold),
