@@ -1,11 +1,15 @@
 """/v1/files over the real application."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
+from shared.db import transaction
+from shared.models import TERMINAL, Job, JobStatus
 from shared.settings import Settings
 from tests.conftest import chat_row, jsonl, upload
 
@@ -168,12 +172,25 @@ def test_a_deleted_file_is_gone_with_its_bytes(client: TestClient, settings: Set
         assert answer.status_code == 404
 
 
-def test_a_file_that_a_live_job_needs_can_not_be_deleted(client: TestClient) -> None:
+@pytest.mark.parametrize("status", [status for status in JobStatus if status not in TERMINAL])
+def test_a_file_that_a_live_job_needs_can_not_be_deleted(client: TestClient, status: JobStatus) -> None:
     file = upload(client)
     job = client.post("/v1/fine_tuning/jobs", json={"model": MODEL, "training_file": file["id"]}).json()
+    with transaction() as session:
+        session.execute(update(Job).values(status=status))
     refused = client.delete(f"/v1/files/{file['id']}")
     assert refused.status_code == 409
     assert refused.headers["x-should-retry"] == "false"
     assert job["id"] in refused.json()["error"]["message"]
-    client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    with transaction() as session:
+        session.execute(update(Job).values(status=JobStatus.CANCELLED))
     assert client.delete(f"/v1/files/{file['id']}").status_code == 200
+
+
+def test_a_body_that_can_not_be_spooled_is_no_fault_of_the_client(
+    client: TestClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(settings.data / "nowhere"))
+    answer = client.post("/v1/files", files={"file": ("a", bytes(2**21))}, data={"purpose": "user_data"})
+    assert answer.status_code == 500
+    assert "could not be received" in answer.json()["error"]["message"]
