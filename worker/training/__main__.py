@@ -24,6 +24,8 @@ def main() -> int:
     wanted = trainer_environment(os.environ)
     if wanted != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)  # noqa: S606 - ourselves again
+    # The supervisor tells Weights & Biases what is to be told. Found, trl imports it: a second for nothing.
+    sys.modules["wandb"] = None  # type: ignore[assignment]
     reporter = open_reporter()
     stops = StopRequests(reporter)
     stops.install()

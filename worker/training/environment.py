@@ -47,6 +47,7 @@ SECRETS = (
     *("ANNEAL_API_KEY", "ANNEAL_DATABASE_URL", "ANNEAL_REDIS_URL", "ANNEAL_STORAGE_URL"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
 )
+SECRET_PREFIXES = ("AWS_", "WANDB_")
 """Nothing a trainer does needs these, so a crash dump of one can't hold them."""
 
 
@@ -56,5 +57,5 @@ def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
     Malloc, thread, GPU and verbosity settings already in `base` are kept, so that an operator can tune them.
     """
     dropped = (*SECRETS, *UNSAFE)
-    kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith("AWS_")}
+    kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith(SECRET_PREFIXES)}
     return {**MALLOC, **THREADS, **QUIET, **ONE_GPU, **kept, **OFFLINE}
