@@ -86,6 +86,18 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(settings: Settings, s
     assert sorted(int(path.name) for path in folder.iterdir()) == kept
 
 
+def test_small_checkpoints_that_pile_up_are_registered_together(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[bool] = []
+    flush = recorder.Recorder.flush
+    monkeypatch.setattr(recorder.Recorder, "flush", lambda self: rounds.append(flush(self)) or rounds[-1])
+    job_id = submit(steps=60, save_steps=1, step_s=0.0)
+    run_next(settings)
+    assert job_of(job_id).status == "succeeded"
+    assert len(rounds) < 40, "not one a round, of a fifth of a second each"
+
+
 def test_a_killed_trainer_goes_on_from_its_checkpoint_and_repeats_no_metric(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
