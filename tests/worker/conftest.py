@@ -29,7 +29,9 @@ def base_folder(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def submit(settings: Settings) -> Callable[..., str]:
     """Store a job whose training file tells the toy what to do; returns its id."""
 
-    def submit(training: dict[str, Any] | None = None, *, validated: bool = False, **plan: Any) -> str:
+    def submit(
+        training: dict[str, Any] | None = None, *, validated: bool = False, model: str = BASE, **plan: Any
+    ) -> str:
         file_id = new_id("file")
         content = json.dumps({"steps": 5, **plan}).encode()
         stored = storage.save_file(settings, file_id, [content], max_bytes=10**6)
@@ -44,7 +46,7 @@ def submit(settings: Settings) -> Callable[..., str]:
                 sha256=stored.sha256,
                 status=FileStatus.PROCESSED,
             )
-            body = {"model": BASE, "training_file": file_id, "suffix": "toy", "training": training or {}}
+            body = {"model": model, "training_file": file_id, "suffix": "toy", "training": training or {}}
             request = JobCreate.model_validate({**body, "validation_file": file_id if validated else None})
             return job_creation.submit(session, "default", request).id
 

@@ -194,6 +194,19 @@ def test_a_run_that_ends_while_a_pause_is_asked_for_has_succeeded(
     assert job_of(job_id).status == "succeeded"
 
 
+def test_a_checkpoint_shows_nothing_of_steps_after_it(settings: Settings, submit: Callable[..., str]) -> None:
+    """A dead attempt had gone further, and its rows stay until they are overwritten."""
+    job_id = submit(steps=5, save_steps=2, eval_steps=3, validated=True)
+    with transaction() as session:
+        for step in (4, 5):
+            values = {"loss": 9.0, "eval_loss": 9.0}
+            session.add(Metric(job_id=job_id, step=step, project_id="default", values=values))
+    run_next(settings)
+    with reading() as session:
+        saved = {row.step: row.metrics for row in checkpoints.newest_first(session, job_id)}
+    assert saved[2] == {"step": 2, "train_loss": expected(settings, job_of(job_id), 5).losses[1]}
+
+
 def test_numbers_of_validation_have_openais_names_everywhere(settings: Settings, submit: Callable[..., str]) -> None:
     job_id = submit(steps=7, save_steps=2, eval_steps=3, validated=True)
     run_next(settings)
