@@ -73,6 +73,11 @@ class Loss:
     """Headers of the requests whose answer was lost."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # five, the default, lose connections of clients that come together
+
+
 class Wire:
     """A proxy before the service at `target`; `url` is what clients are given."""
 
@@ -83,8 +88,7 @@ class Wire:
         self._problems: list[str] = []
         self.exchanges: list[Exchange] = []
         """Since the last `judge`, in the order in which they ended."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 

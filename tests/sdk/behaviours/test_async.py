@@ -145,7 +145,8 @@ def test_a_job_is_paused_and_resumed(run: Any, training_file: Any) -> None:
 
 def test_many_jobs_at_once(run: Any, training_file: Any, tag: dict[str, str]) -> None:
     async def story(client: AsyncOpenAI) -> tuple[set[str], list[str]]:
-        made = await asyncio.gather(*(create(client, training_file.id, metadata=tag) for _ in range(20)))
+        numbered = (create(client, training_file.id, metadata=tag | {"n": str(number)}) for number in range(20))
+        made = await asyncio.gather(*numbered)
         return {job.id for job in made}, [job.id async for job in client.fine_tuning.jobs.list(metadata=tag, limit=7)]
 
     made, listed = run(story)

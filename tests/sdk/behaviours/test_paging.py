@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from openai import OpenAI
 
-from shared import db, jobs
+from shared import db, job_creation
 from shared.db import transaction
 from shared.models import DEFAULT_PROJECT
 from shared.schemas import JobCreate
@@ -32,7 +32,7 @@ def thousands(service: Up, training_file: object, monkeypatch: pytest.MonkeyPatc
     try:
         for _ in range(JOBS // 100):  # in short transactions: the service writes beside us
             with transaction() as session:
-                ids |= {jobs.submit(session, DEFAULT_PROJECT, request).id for _ in range(100)}
+                ids |= {job_creation.submit(session, DEFAULT_PROJECT, request).id for _ in range(100)}
     finally:
         db.get_engine().dispose()
         db.reset()
