@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
+from shared.db import transaction
+from shared.models import Job
 from tests.conftest import upload
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -133,6 +136,18 @@ def test_openai_hyperparameters_become_choices_of_the_run(client: TestClient) ->
         assert job["anneal"]["training"]["max_steps"] is None
 
 
+def test_auto_becomes_numbers_once_the_trainer_has_resolved_it(client: TestClient) -> None:
+    sent = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": 0.5}
+    job_id = create(client, method={"type": "supervised", "supervised": {"hyperparameters": sent}}).json()["id"]
+    resolved = {"batch_size": 8, "learning_rate_multiplier": 0.5, "n_epochs": 2.4, "learning_rate": 0.5 * 2e-4}
+    with transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(resolved=resolved))
+    job = client.get(f"{JOBS}/{job_id}").json()
+    numbers = {"batch_size": 8, "learning_rate_multiplier": 0.5, "n_epochs": 3}
+    assert job["hyperparameters"] == job["method"]["supervised"]["hyperparameters"] == numbers
+    assert (job["anneal"]["training"]["learning_rate"], job["anneal"]["training"]["n_epochs"]) == (1e-4, 2.4)
+
+
 def test_a_queued_job_is_cancelled_at_once_and_a_second_cancel_is_refused(client: TestClient) -> None:
     job = create(client).json()
     cancelled = client.post(f"{JOBS}/{job['id']}/cancel").json()
@@ -173,6 +188,8 @@ def test_unknown_jobs_are_404_on_every_route(client: TestClient) -> None:
     for method, path in [
         ("GET", ""),
         ("POST", "/cancel"),
+        ("POST", "/pause"),
+        ("POST", "/resume"),
         ("GET", "/events"),
         ("GET", "/events?stream=true"),
         ("GET", "/checkpoints"),
