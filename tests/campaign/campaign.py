@@ -67,7 +67,13 @@ class Campaign:
         self.injector = Injector(self.service, self._postgres, self.folder / "faults.jsonl", self.database_url)
         self.watch = Watch(self.settings.run_dir)
         self.chatter = Chatter(self.service.url) if options.generate else None
-        self.parcels = ParcelClient(self.service.url, self.notebook, options.seed, self._end_hour_of)
+        self.parcels = ParcelClient(
+            self.service.url,
+            self.notebook,
+            options.seed,
+            garbage_age_s=options.garbage_age_s,
+            end_its_hour=self._end_hour_of,
+        )
         self.clients = JobClients(
             self.service.url,
             self._plan,

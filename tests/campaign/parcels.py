@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +16,9 @@ from tests.campaign.patience import Client, GaveUp
 PARTS_AT_ONCE = 3
 PAUSE_S = 0.6
 ENDS = (("completed", 50), ("cancelled", 20), ("abandoned", 30))
-ABANDONED_FOR = 3
-"""An upload's hour is over as soon as so many later ones were begun."""
+ABANDONED_FOR_S = 3.0
+LONG_SHARE = 0.4
+"""Of abandoned uploads wait for longer than it takes to be called garbage, before their hour is over."""
 DELETED_SHARE = 0.5
 
 
@@ -73,7 +76,13 @@ class ParcelClient:
     """Sends one file in parts after another, until it is told to stop."""
 
     def __init__(
-        self, url: str, notebook: Notebook, seed: int, end_its_hour: Callable[[SentUpload], list[str]]
+        self,
+        url: str,
+        notebook: Notebook,
+        seed: int,
+        *,
+        garbage_age_s: float,
+        end_its_hour: Callable[[SentUpload], list[str]],
     ) -> None:
         """
         Args:
@@ -82,8 +91,10 @@ class ParcelClient:
         self._url = url
         self._notebook = notebook
         self._seed = seed
+        self._long_s = 1.5 * garbage_age_s
         self._end_its_hour = end_its_hour
-        self._abandoned: list[SentUpload] = []
+        self._abandoned: list[tuple[float, SentUpload]] = []
+        """With the time at which their hour is over."""
         self._stop = threading.Event()
         self.thread = threading.Thread(target=self._run, name="parcels", daemon=True)
 
@@ -104,10 +115,8 @@ class ParcelClient:
             except GaveUp as error:
                 with self._notebook.lock:
                     self._notebook.refusals.append(f"parcel {number}: {error}")
-            if len(self._abandoned) > ABANDONED_FOR:
-                self._forget(self._abandoned.pop(0))
-        for upload in self._abandoned:
-            self._forget(upload)
+            self._forget(time.monotonic())
+        self._forget(math.inf)
 
     def _send(self, client: Client, mark: str, draw: random.Random) -> None:
         content = draw.randbytes(draw.randint(2, 40_000))
@@ -126,17 +135,22 @@ class ParcelClient:
             upload.end = str(answer.json()["status"])
         else:
             upload.end = end
-            self._abandoned.append(upload)
+            wait_s = self._long_s if draw.random() < LONG_SHARE else ABANDONED_FOR_S
+            self._abandoned.append((time.monotonic() + wait_s, upload))
 
     def _delete(self, client: Client, file_id: str) -> None:
         client.call("DELETE", f"/v1/files/{file_id}", expect=(200, 404))  # 404: the answer before was lost
         for sent in self._notebook.files:
             sent.is_deleted |= sent.file_id == file_id
 
-    def _forget(self, upload: SentUpload) -> None:
-        problems = self._end_its_hour(upload)
-        with self._notebook.lock:
-            self._notebook.parts_gone += problems
+    def _forget(self, until: float) -> None:
+        """Let the hours end that are over by then."""
+        for at, upload in self._abandoned:
+            if at <= until:
+                problems = self._end_its_hour(upload)
+                with self._notebook.lock:
+                    self._notebook.parts_gone += problems
+        self._abandoned = [(at, upload) for at, upload in self._abandoned if at > until]
 
 
 def _sha256(content: bytes) -> str:
