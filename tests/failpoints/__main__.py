@@ -63,6 +63,7 @@ def main() -> int:
         cases = [case for case in cases if _is_wanted(case, options.match, options.mode)][:: options.every]
         if options.once:
             cases = list(runner.one_a_point(cases))
+        cases = cases[options.skip :]
         if not cases:
             print("no case of that kind")
             return 2
@@ -87,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exhaustive", action="store_true", help="also ways to fail that leave the disk as others do")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case")
     parser.add_argument("--once", action="store_true", help="every point with one of its ways to fail, in turn")
+    parser.add_argument("--skip", type=int, default=0, help="go on after that many cases, in the order of --list")
     parser.add_argument("--match", default="", help="only points with this in their name")
     parser.add_argument("--mode", help="only this way to fail")
     parser.add_argument("--only", metavar="SCENARIO:N:MODE", help="one case again")
@@ -138,6 +140,7 @@ def _verdict(
         "storage": options.storage,
         "every": options.every,
         "once": options.once,
+        "skipped": options.skip,
         "points": sum(len(found) for found in points.values()),
         "points_by_operation": dict(Counter(point.operation for found in points.values() for point in found)),
         "points_by_scenario": {name: len(found) for name, found in points.items()},
