@@ -1,5 +1,7 @@
 """POSTs with an Idempotency-Key that clients send again whatever they were answered: each takes effect once."""
 
+from typing import Any
+
 from shared.models import FileStatus
 from tests.failpoints import toy
 from tests.failpoints.client_scenarios import request
@@ -19,7 +21,7 @@ def _create_job(world: World, facts: Facts) -> None:
 
 
 def _upload(world: World, facts: Facts) -> None:
-    form = {"files": {"file": ("a.jsonl", toy.rows())}, "data": {"purpose": "fine-tune"}}
+    form: dict[str, Any] = {"files": {"file": ("a.jsonl", toy.rows())}, "data": {"purpose": "fine-tune"}}
     request(world, "upload", "POST", "/v1/files", KEY, **form)
 
 
