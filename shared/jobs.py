@@ -1,16 +1,15 @@
 """Jobs: every change of a job's status, as a verb.
 
     create ─► validating_files ─ files valid ─► queued ─ claim (fence+1) ─► running ─ final checkpoint ─► succeeded
-                │  │   │   ▲                    │ ▲ ▲ │                     │ │  │
-                │  │   │   └─── resume, a file  │ │ │ └─ lease expired, ◄───┘ │  ├─ error, no attempts left ─► failed
-                │  │   │        is unchecked    │ │ │    crash, deploy, memory│  └─ cancel obeyed ─► cancelled
-                │  │   │             │          │ │ │                         │
-                │  │   └── pause ─► paused ◄────┘ └─┴ resume                  │
-                │  │                 │    ▲        pause                      │
-                │  │                 │    └──────── pause obeyed, or any ◄────┘
-                │  │                 │              way back to the queue
-                │  └─ file invalid ──┴─► failed      while one is asked for
-                └───── cancel ──► cancelled ◄─ cancel ─ queued, paused
+                │      │                         │  ▲                        │  │
+                │      └─ file invalid ─► failed │  └─ lease expired, crash, ┘  ├─ error, no attempts left ─► failed
+                │                                │     deploy, memory           │
+                └────── cancel ─► cancelled ◄────┴─────────── cancel obeyed ────┘
+
+    validating_files, queued ─ pause ───────────► paused ─ resume ─► queued; validating_files if a file is unchecked
+    running ─ pause obeyed, or whatever else ───► │  │
+              leads to queued while one is        │  └─ file invalid ─► failed
+              asked for                           └─ cancel ─► cancelled
 
 Every move is one UPDATE guarded by the status it starts from and, for a run, by the fence of the claim: of two
 workers one wins, and a worker that lost its lease can't overwrite its successor. Terminal states absorb.

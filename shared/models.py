@@ -27,12 +27,12 @@ class FileStatus(StrEnum):
 class JobStatus(StrEnum):
     """OpenAI's words; the diagram is in `shared.jobs`.
 
-    validating_files: in by creation while a file is unchecked; out by whoever settles the file.
-    queued: in by creation, or by a run that was given up (lease expired, deploy, a crash with attempts left); out by
-        a claim. A crash leaves it: the sweep re-sends the hint.
+    validating_files: in by creation, or a resume, while a file is unchecked; out by whoever settles the file.
+    queued: in by creation, a resume, or a run that was given up (lease expired, deploy, a crash with attempts left);
+        out by a claim. A crash leaves it: the sweep re-sends the hint.
     running: in by a claim only; out by the owner of the fence, or by the sweep once the lease has expired.
-    paused: in by a client, at once or, from a run, once its trainer has saved and stopped; out by a client's resume,
-        or cancel. A crash leaves it, and so does everything else.
+    paused: in by a client, at once or, from a run, once its trainer has saved and stopped; out by a client's resume or
+        cancel, or by a file that turns out invalid. A crash leaves it, and so does everything else.
     succeeded, failed, cancelled: absorbing.
     """
 

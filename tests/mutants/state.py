@@ -5,6 +5,7 @@ from tests.mutants.guard import Change, Guard, guard
 
 JOBS = "tests/shared/test_jobs.py"
 MOVES = "tests/shared/test_job_moves.py"
+PAUSING = "tests/shared/test_pausing.py"
 SUPERVISOR = "tests/worker/test_supervisor.py"
 SWEEPER = "tests/worker/test_sweeper.py"
 OUTAGE = f"{SUPERVISOR}::test_after_an_outage_nothing_expires_until_everybody_had_a_lease"
@@ -108,6 +109,20 @@ STATE = (
         "    if job.cancel_requested_at is not None:\n        return settle_cancelled(session, job.id, job.fence)\n",
         "",
         pytest(f"{SUPERVISOR}::test_a_job_with_a_cancel_requested_is_not_given_back"),
+    ),
+    guard(
+        "a pause that was asked for keeps a job out of the queue",
+        "shared/jobs.py",
+        "status = JobStatus.QUEUED if job.pause_requested_at is None else JobStatus.PAUSED",
+        "status = JobStatus.QUEUED",
+        pytest(f"{PAUSING}::test_whatever_would_queue_a_run_pauses_it_while_a_pause_is_asked_for"),
+    ),
+    guard(
+        "a bad file fails paused jobs too",
+        "shared/waiting.py",
+        "Job.status.in_((JobStatus.VALIDATING_FILES, JobStatus.PAUSED))",
+        "Job.status.in_((JobStatus.VALIDATING_FILES,))",
+        pytest(f"{PAUSING}::test_a_paused_job_whose_file_turns_out_invalid_fails"),
     ),
     guard(
         "budget of attempts",
