@@ -54,6 +54,8 @@ def application(lifespan: Lifespan[FastAPI]) -> FastAPI:
         version=VERSION,
         lifespan=lifespan,
         redirect_slashes=False,
+        # Fields, and files up to a mebibyte, are held in memory; by default a thousand of them, each as large.
+        form_limits={"max_files": 2, "max_fields": 16, "max_part_size": 64 * 2**10},
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=_operation_id,

@@ -77,7 +77,7 @@ class Envelope:
             await error_response(error)(scope, receive, send_with_headers)
 
         scope.setdefault("state", {})["request_id"] = request_id
-        bound = self._body_bound(scope)
+        bound = self._body_bound(scope, headers)
         closes = scope["http_version"] == "1.0" or "close" in headers.get("connection", "").lower()
         try:
             if (refusal := self._refusal(scope, headers, bound)) is not None:
@@ -110,8 +110,10 @@ class Envelope:
         length = headers.get("content-length", "")
         return _too_large(bound) if length.isdecimal() and int(length) > bound else None
 
-    def _body_bound(self, scope: Scope) -> int:
-        """The most bytes this request's body may have."""
+    def _body_bound(self, scope: Scope, headers: Headers) -> int:
+        """The most bytes this request's body may have. What is not multipart is read into memory, wherever it goes."""
+        if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return MAX_JSON_BODY_BYTES
         if scope["method"] == "POST" and scope["path"] == UPLOAD_PATH:
             return self._settings.max_upload_bytes + MULTIPART_OVERHEAD_BYTES
         if scope["method"] == "POST" and PART_PATH.fullmatch(scope["path"]):

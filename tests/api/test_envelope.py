@@ -192,6 +192,28 @@ def test_an_oversize_body_is_a_413_whatever_its_headers_say(client: TestClient) 
     is_openai_error(answer, 413)
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/uploads/upload_1/parts"])
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded", None])
+def test_only_a_form_that_is_kept_on_disk_may_be_as_large_as_a_file(
+    client: TestClient, path: str, content_type: str | None
+) -> None:
+    headers = {"idempotency-key": "a", **({} if content_type is None else {"content-type": content_type})}
+    answer = client.post(path, content=b"x" * (MAX_JSON_BODY_BYTES + 1), headers=headers)
+    is_openai_error(answer, 413)
+
+
+@pytest.mark.parametrize("field", ['name="purpose"', 'name="file"; filename="a"'])
+def test_a_form_can_not_fill_the_memory_with_many_fields(client: TestClient, field: str) -> None:
+    def body() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b"--B\r\nContent-Disposition: form-data; " + field.encode() + b"\r\n\r\n" + b"x" * 2**19 + b"\r\n"
+        yield b"--B--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    error = is_openai_error(client.post("/v1/files", content=body(), headers=headers), 400)
+    assert "maximum" in error["message"].lower(), "refused by the limits, not once it was all there"
+
+
 def test_an_internal_error_tells_its_request_id_and_nothing_else(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
