@@ -63,6 +63,8 @@ class WandbFeed:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_WAITING)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
+        self._limit: threading.Timer | None = None
+        """From the end of the job on."""
         self._dropped = 0
         self._troubles: queue.SimpleQueue[Event] = queue.SimpleQueue()
         if self._choices is not None and (reason := _missing(os.environ)) is not None:
@@ -92,6 +94,11 @@ class WandbFeed:
 
     def close(self) -> None:
         """Nothing more comes. What waits is still sent, while the worker goes on with other jobs."""
+        if self._process is not None and self._thread is not None and self._thread.is_alive():
+            # Here and not after the last line: a process that reads no more lets the thread write for ever.
+            self._limit = threading.Timer(END_LIMIT_S, self._process.kill)
+            self._limit.daemon = True
+            self._limit.start()
         self._put(None)
         if self._thread is not None and lifecycle.shutdown.is_set():
             self._thread.join(SHUTDOWN_LIMIT_S)
@@ -136,11 +143,9 @@ class WandbFeed:
             while (following := self._queue.get()) is not None:
                 stream.write(json.dumps(following).encode() + b"\n")
                 stream.flush()
-        try:
-            status = process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
+        status = process.wait()
+        if self._limit is not None:
+            self._limit.cancel()
         if status or self._dropped:
             log.warning("wandb process of %s: status %d, %d messages dropped", self._job.id, status, self._dropped)
         if status:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from sqlalchemy import select, update
 from shared.db import reading, transaction
 from shared.models import Event, Job, Metric
 from shared.settings import Settings
+from shared.trainer_protocol import Started
 from tests.worker.steps import expected, job_of, messages, run_next, wait_for
+from worker import wandb_feed
 from worker.training.environment import trainer_environment
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # nothing here is about databases
@@ -159,6 +162,34 @@ def test_a_process_that_fails_neither_fails_nor_delays_the_run(
     assert any("no disk for this" in message for message in messages(job_id)) == ("no disk" in code)
     for left in reporters():
         left.kill()
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_process_that_reads_no_more_is_killed_soon_after_the_end(
+    settings: Settings, submit_reported: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, tmp_path, "import time; time.sleep(600)")
+    monkeypatch.setattr(wandb_feed, "END_LIMIT_S", 0.5)
+    job = job_of(submit_reported())
+    feed = wandb_feed.WandbFeed(job, tmp_path)
+    feed.take(
+        Started(
+            resolved={},
+            total_steps=1,
+            first_step=1,
+            train_examples=1,
+            validation_examples=0,
+            train_tokens=1,
+            parameters=1,
+            device="cpu",
+            versions={},
+        )
+    )
+    wait_for(lambda: bool(reporters()))
+    feed.end(0, note="x" * 2**20)  # more than a pipe holds
+    feed.close()
+    wait_for(lambda: not reporters(), 10)
+    wait_for(lambda: not any(thread.name == f"wandb-{job.id}" for thread in threading.enumerate()), 10)
 
 
 @pytest.mark.parametrize("code", ["import time; time.sleep(600)", None])
