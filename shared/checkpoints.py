@@ -14,7 +14,7 @@ from shared import events, jobs, model_registry
 from shared.db import clock
 from shared.errors import Conflict, PermissionDenied
 from shared.ids import new_id
-from shared.models import TERMINAL, Checkpoint, Job, Model
+from shared.models import LIVE, TERMINAL, Checkpoint, Job, Model
 
 
 def register(
@@ -109,11 +109,17 @@ def retire(session: Session, job: Job, base_model: str, keep: int) -> list[str]:
 
     Returns the folders to delete once this is committed.
     """
-    in_use = set(session.scalars(select(Job.model_location).where(Job.status.not_in(TERMINAL))))
     known = newest_first(session, job.id)
     best = best_of(known)
-    old = [row for row in known[keep:] if row is not best and row.location not in in_use]
     tuned = model_registry.tuned_name(job, base_model)
+    names = [model_registry.checkpoint_name(tuned, row.step) for row in known[keep:]]
+    if not names:
+        return []
+    # Locked first, and their users looked for in a second statement: a job that is being created with one of them holds
+    # a shared lock on its name, and only a statement that begins after its commit sees it.
+    session.execute(select(Model.id).where(Model.id.in_(names)).order_by(Model.id).with_for_update())
+    in_use = set(session.scalars(select(Job.model_location).where(Job.status.in_(LIVE))))
+    old = [row for row in known[keep:] if row is not best and row.location not in in_use]
     for checkpoint in old:
         session.execute(delete(Model).where(Model.id == model_registry.checkpoint_name(tuned, checkpoint.step)))
         session.delete(checkpoint)

@@ -19,10 +19,10 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared import storage, training_data, waiting
+from shared import answers, storage, training_data, waiting
 from shared.db import UNAVAILABLE, clock, has_passed, now, reading, transaction
 from shared.errors import Conflict, NotFound, Unavailable
-from shared.models import TERMINAL, File, FileStatus, Job, JobStatus, UploadPart
+from shared.models import LIVE, File, FileStatus, Job, UploadPart
 from shared.settings import Settings
 
 UPLOAD_PURPOSES = ("fine-tune", "batch", "evals", "user_data")
@@ -31,7 +31,6 @@ MIN_EXPIRY_S = 3600
 MAX_EXPIRY_S = 30 * 24 * 3600
 BATCH_EXPIRY_S = MAX_EXPIRY_S
 """Of a file with purpose `batch`, unless its sender says otherwise: as OpenAI has it."""
-LIVE = tuple(status for status in JobStatus if status not in TERMINAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +102,12 @@ def get(session: Session, project_id: str, file_id: str, *, param: str | None = 
     """
     row = session.get(File, file_id)
     if row is None or row.project_id != project_id or has_passed(session, row.expires_at):
-        raise NotFound(f"there is no file {file_id[:100]!r}; GET /v1/files lists yours", param=param)
+        raise _unknown(file_id, param)
     return row
+
+
+def _unknown(file_id: str, param: str | None = None) -> NotFound:
+    return NotFound(f"there is no file {file_id[:100]!r}; GET /v1/files lists yours", param=param)
 
 
 def visible() -> ColumnElement[bool]:
@@ -119,7 +122,10 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
         Conflict: a job that has not ended needs it.
     """
     get(session, project_id, file_id)
-    row = session.get_one(File, file_id, with_for_update=True)  # a job being created with it holds a shared lock
+    # A job being created with it holds a shared lock.
+    row = session.get(File, file_id, with_for_update=True)
+    if row is None:
+        raise _unknown(file_id)  # another deletion, or the sweep, was faster
     user = session.scalar(
         select(Job.id)
         .where(
@@ -136,7 +142,8 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
 
 def find_expired(session: Session, limit: int) -> list[str]:
     """Ids of files to `remove_expired`, oldest first."""
-    return list(session.scalars(select(File.id).where(*_removable()).order_by(File.expires_at).limit(limit)))
+    removable = _removable(clock(session))
+    return list(session.scalars(select(File.id).where(*removable).order_by(File.expires_at).limit(limit)))
 
 
 def remove_expired(session: Session, file_ids: Collection[str]) -> list[str]:
@@ -145,15 +152,17 @@ def remove_expired(session: Session, file_ids: Collection[str]) -> list[str]:
     # Locked first, and looked at in a second statement: a job that is being created holds a shared lock on its files,
     # and only a statement that begins after its commit sees it.
     locked = session.scalars(select(File.id).where(File.id.in_(file_ids)).with_for_update(skip_locked=True)).all()
-    return list(session.scalars(delete_rows(File).where(File.id.in_(locked), *_removable()).returning(File.id)))
+    removable = _removable(clock(session))
+    return list(session.scalars(delete_rows(File).where(File.id.in_(locked), *removable).returning(File.id)))
 
 
-def _removable() -> tuple[ColumnElement[bool], ...]:
+def _removable(at: float) -> tuple[ColumnElement[bool], ...]:
+    """At an instant, and not `now()`: PostgreSQL uses no index for a comparison with a clock that goes on."""
     of_live_jobs: CompoundSelect[tuple[str | None]] = union(
         select(Job.training_file).where(Job.status.in_(LIVE)),
         select(Job.validation_file).where(Job.status.in_(LIVE), Job.validation_file.is_not(None)),
     )
-    return File.expires_at <= now(), File.id.not_in(of_live_jobs)
+    return File.expires_at <= at, File.id.not_in(of_live_jobs)
 
 
 @contextmanager
@@ -177,6 +186,7 @@ def row_follows(settings: Settings, object_id: str) -> Iterator[None]:
             with transaction() as session:
                 for model in (File, UploadPart):
                     session.execute(delete_rows(model).where(model.id == object_id))
+                answers.forget_lost(session, object_id)
             raise Unavailable("storing the bytes took so long that they are gone again; send them once more")
 
 

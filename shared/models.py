@@ -46,6 +46,7 @@ class JobStatus(StrEnum):
 
 
 TERMINAL = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+LIVE = tuple(status for status in JobStatus if status not in TERMINAL)
 
 
 class Base(DeclarativeBase):

@@ -93,8 +93,8 @@ REQUESTS = (
     guard(
         "a file that a live job needs does not expire",
         "shared/files.py",
-        "    return File.expires_at <= now(), File.id.not_in(of_live_jobs)\n",
-        "    return (File.expires_at <= now(),)\n",
+        "    return File.expires_at <= at, File.id.not_in(of_live_jobs)\n",
+        "    return (File.expires_at <= at,)\n",
         pytest(f"{EXPIRY}::test_an_expired_file_stays_while_a_live_job_needs_it"),
     ),
     guard(

@@ -1,14 +1,18 @@
 """Fine-tuning what was fine-tuned: a tuned model or a checkpoint as the base, by name, and what that makes of names."""
 
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import select
 
-from shared import checkpoints, model_registry, waiting
+from shared import checkpoints, job_creation, model_registry, waiting
 from shared.checkpoint_files import read_manifest
 from shared.db import reading, transaction
 from shared.errors import Conflict
-from shared.models import Model
+from shared.models import Checkpoint, Job, Model
+from shared.schemas import JobCreate
 from shared.settings import Settings
 from tests.worker.steps import BASE, job_of, run_next
 from worker import preparation
@@ -61,3 +65,29 @@ def test_a_paused_job_keeps_the_checkpoint_it_starts_from(settings: Settings, su
         waiting.resume(session, "default", child)
     run_next(settings)
     assert job_of(child).status == "succeeded"
+
+
+def test_a_checkpoint_stays_while_a_job_is_being_created_with_it(
+    settings: Settings, submit: Callable[..., str]
+) -> None:
+    """Retention looks for users after the creation has begun and before it is committed."""
+    parent = submit({"keep_checkpoints": 3}, steps=6, save_steps=2)
+    run_next(settings)
+    name = f"{job_of(parent).fine_tuned_model}:ckpt-step-2"
+    file_id = job_of(parent).training_file
+    retired: list[str] = []
+
+    def retire() -> None:
+        with transaction() as session:
+            retired.extend(checkpoints.retire(session, session.get_one(Job, parent), BASE, keep=1))
+
+    retiring = threading.Thread(target=retire)
+    with transaction() as session:
+        job_creation.submit(session, "default", JobCreate(model=name, training_file=file_id))
+        retiring.start()
+        time.sleep(0.3)
+    retiring.join()
+    with reading() as session:
+        location = session.get_one(Model, name).location
+        assert session.scalar(select(Checkpoint.step).where(Checkpoint.location == location)) == 2
+    assert len(retired) == 1 and location not in retired

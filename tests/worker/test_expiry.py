@@ -2,13 +2,15 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, insert, select, text, update
 from sqlalchemy.orm import Session
 
 from shared import answers, files, job_creation, storage, uploads
-from shared.db import now, reading, transaction
+from shared.db import clock, get_engine, now, reading, transaction
+from shared.errors import NotFound, Unavailable
 from shared.ids import new_id
 from shared.models import Answer, Creation, File, FileStatus, Job, Upload, UploadPart, UploadStatus
 from shared.schemas import JobCreate
@@ -192,6 +194,78 @@ def test_answers_go_after_a_day_and_creations_after_an_hour(settings: Settings) 
     with reading() as session:
         assert set(session.scalars(select(Answer.key))) == {str(age_s) for age_s in ages_s[1:]}
         assert set(session.scalars(select(Creation.object_id))) == {str(ages_s[3])}
+
+
+def test_a_look_for_what_is_old_reads_no_table_from_end_to_end(settings: Settings) -> None:
+    """It comes every few seconds, and there may be a million answers none of which is old."""
+    kept = {"project_id": "default", "request_sha256": "0", "body": "{}"}
+    with transaction() as session:
+        at = clock(session)
+        for n in range(0, 3000, 1000):
+            rows = [{**kept, "created_at": at - i / 10} for i in range(n, n + 1000)]
+            answered = [{**row, "route": "r", "key": str(i), "status_code": 200} for i, row in enumerate(rows, n)]
+            session.execute(insert(Answer), answered)
+            session.execute(insert(Creation), [{**row, "object_id": str(i)} for i, row in enumerate(rows, n)])
+    asked: list[tuple[str, Any]] = []
+    event.listen(get_engine(), "before_cursor_execute", lambda _c, _u, sql, given, *_: asked.append((sql, given)))
+    with reading() as session:
+        session.execute(text("analyze"))
+        asked.clear()
+        assert not answers.any_old(session)
+        ((sql, given),) = asked
+        explain = "explain " if session.get_bind().dialect.name == "postgresql" else "explain query plan "
+        plan = [str(row) for row in session.connection().exec_driver_sql(explain + sql, given)]
+    assert not [line for line in plan if "Seq Scan" in line or "SCAN answers" in line or "SCAN creations" in line], plan
+
+
+def test_what_is_gone_before_its_client_was_answered_is_told_to_nobody(settings: Settings) -> None:
+    """A process that stood still for so long before its commit that the bytes were collected as garbage."""
+    asked = answers.Request("default", "POST /v1/files", "key", "0")
+    other = answers.Request("default", "POST /v1/files", "other", "0")
+    file_id = new_id("file")
+    with pytest.raises(Unavailable), files.row_follows(settings, file_id), transaction() as session:
+        session.add(
+            File(
+                id=file_id,
+                project_id="default",
+                filename="a",
+                purpose="evals",
+                bytes=1,
+                sha256="0",
+                status=FileStatus.PROCESSED,
+                created_at=clock(session),
+            )
+        )
+        answers.keep(session, asked, 200, f'{{"id":"{file_id}"}}')
+        answers.keep(session, other, 200, '{"id":"file-other"}')
+        answers.remember_creation(session, "default", "0", file_id, "{}")
+    assert ids(File) == set()
+    with transaction() as session:
+        assert answers.find(session, asked) is None
+        assert answers.find(session, other) is not None
+        assert answers.tell_again(session, "default", "0") is None
+
+
+def test_a_file_deleted_twice_at_once_is_gone_and_then_unknown(settings: Settings) -> None:
+    file_id = make_file(settings)
+    found: list[type[Exception] | None] = []
+
+    def delete() -> None:
+        try:
+            with transaction() as session:
+                files.delete(session, "default", file_id)
+            found.append(None)
+        except Exception as error:
+            found.append(type(error))
+
+    second = threading.Thread(target=delete)
+    with transaction() as session:
+        files.delete(session, "default", file_id)
+        session.flush()
+        second.start()
+        time.sleep(0.3)
+    second.join()
+    assert found == [NotFound]
 
 
 def test_any_number_of_sweeps_remove_everything_once_in_bounded_steps(settings: Settings) -> None:
