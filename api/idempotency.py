@@ -26,7 +26,7 @@ from api.deps import Caller
 from shared import answers
 from shared.answers import Kept, KeyReused
 from shared.db import UNAVAILABLE, reading, transaction
-from shared.errors import AppError, BadRequest
+from shared.errors import AppError, BadRequest, ModelNotFound
 
 log = logging.getLogger(__name__)
 Shown = TypeVar("Shown", bound=BaseModel)
@@ -124,8 +124,11 @@ class Once:
 
     def may_keep(self, error: AppError) -> bool:
         """Whether an error is the final answer to a request with a key."""
-        is_final = error.status_code < 500 and error.status_code not in NOT_FINAL
-        return is_final and self._key is not None and self._sha256 is not None and not isinstance(error, KeyReused)
+        # A model that isn't there may be the one that another job is about to finish.
+        may_change = error.status_code >= 500 or error.status_code in NOT_FINAL or isinstance(error, ModelNotFound)
+        return (
+            not may_change and self._key is not None and self._sha256 is not None and not isinstance(error, KeyReused)
+        )
 
     def keep_error(self, error: AppError) -> None:
         """Keep a final error as the answer, after the transaction that raised it has rolled back.

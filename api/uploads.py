@@ -115,17 +115,21 @@ def _content(settings: Settings, parts: Sequence[UploadPart], md5: str | None) -
     Raises:
         BadRequest: after the last one, if they don't hash to `md5`.
         PartMissing: a part is not in storage.
+        DamagedFile: a part is not what was sent.
     """
     digest = hashlib.md5(usedforsecurity=False)
     for part in parts:
+        own = hashlib.sha256()
         try:
-            opened = storage.open_file(settings, part.id, sha256=part.sha256)
-        except FileNotFoundError as error:
+            for chunk in storage.open_file(settings, part.id, sha256=part.sha256):
+                digest.update(chunk)
+                own.update(chunk)
+                yield chunk
+        except FileNotFoundError as error:  # also in the middle: a completion that was faster removes its parts
             message = f"the bytes of part {part.id} are missing from storage; send that part again"
             raise uploads.PartMissing(message, param="part_ids") from error
-        for chunk in opened:
-            digest.update(chunk)
-            yield chunk
+        if own.hexdigest() != part.sha256:
+            raise storage.DamagedFile(f"part {part.id} is damaged in storage; send that part again")
     if md5 is not None and digest.hexdigest() != md5.lower():
         raise BadRequest(
             f"md5={md5!r} is not that of the parts in this order, which is {digest.hexdigest()}; check their order, or "

@@ -196,6 +196,7 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_by_project", "project_id", "created_at", "id"),
         Index("jobs_by_status", "status", "priority", "created_at", "id"),
+        Index("jobs_by_end", "status", "finished_at"),
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy import ColumnElement, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from shared import files, storage
@@ -25,6 +25,9 @@ from shared.upload_schemas import UploadComplete, UploadCreate
 
 LIFETIME_S = 3600
 MAX_PART_BYTES = 64 * 2**20
+MAX_PARTS = 10_000
+SPARE = 2
+"""Parts sent again may bring an upload to so many times its size, and one part more."""
 
 
 class NotPending(BadRequest):
@@ -82,8 +85,18 @@ def add_part(session: Session, project_id: str, upload_id: str, part_id: str, st
 
     Raises:
         NotFound, NotPending: as `get_pending`.
+        BadRequest: with the parts there already it would be far more than was announced.
     """
-    get_pending(session, project_id, upload_id, hold=True)
+    upload = get_pending(session, project_id, upload_id, hold=True)
+    known = select(func.count(), func.coalesce(func.sum(UploadPart.bytes), 0)).where(UploadPart.upload_id == upload_id)
+    count, total = session.execute(known).one()
+    if count >= MAX_PARTS or total + stored.bytes > SPARE * upload.bytes + MAX_PART_BYTES:
+        raise BadRequest(
+            f"upload {upload_id} of {upload.bytes} bytes has {count} parts of {total} bytes already; complete it with "
+            "those, or cancel it and begin again",
+            param="data",
+            code="too_many_parts",
+        )
     row = UploadPart(
         id=part_id,
         upload_id=upload_id,

@@ -13,7 +13,7 @@ Of a run that goes on after a crash or a pause, steps that Weights & Biases has 
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from worker.lifecycle import die_with_parent
 
@@ -23,9 +23,10 @@ INTERRUPTED = 1
 
 def main() -> int:
     die_with_parent(int(os.environ[FED_BY]))
-    run = _begin(json.loads(sys.stdin.readline()))
+    lines = _own_input()
+    run = _begin(json.loads(lines.readline()))
     known_before: int = run.step
-    for line in sys.stdin:
+    for line in lines:
         message = json.loads(line)
         if "exit_code" in message:
             run.summary.update(message["summary"])
@@ -36,6 +37,13 @@ def main() -> int:
     run.mark_preempting()
     run.finish(exit_code=INTERRUPTED)
     return 0
+
+
+def _own_input() -> TextIO:
+    """Standard input under another number, which what wandb starts doesn't inherit: it would keep the pipe open."""
+    lines = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    return lines
 
 
 def _begin(first: dict[str, Any]) -> Any:

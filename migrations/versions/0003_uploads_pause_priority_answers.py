@@ -43,6 +43,7 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("integrations", sa.JSON))
     op.drop_index("jobs_by_status", "jobs")
     op.create_index("jobs_by_status", "jobs", ["status", "priority", "created_at", "id"])
+    op.create_index("jobs_by_end", "jobs", ["status", "finished_at"])
     op.create_table(
         "answers",
         sa.Column("project_id", sa.String(64), primary_key=True),
@@ -72,6 +73,7 @@ def downgrade() -> None:
     op.drop_table("answers")
     op.drop_index("jobs_by_status", "jobs")
     op.create_index("jobs_by_status", "jobs", ["status", "created_at", "id"])
+    op.drop_index("jobs_by_end", "jobs")
     op.drop_column("jobs", "integrations")
     op.drop_column("jobs", "priority")
     op.drop_column("jobs", "pause_requested_at")

@@ -32,7 +32,7 @@ def create(client: Any, file_id: str, key: str | None = None, retry: int | None 
     headers = {} if key is None else {"idempotency-key": key}
     if retry is not None:
         headers["x-stainless-retry-count"] = str(retry)
-    return client.post(JOBS, json={"model": MODEL, "training_file": file_id, **body}, headers=headers)
+    return client.post(JOBS, json={"model": MODEL, "training_file": file_id} | body, headers=headers)
 
 
 def send_file(client: Any, content: bytes = CONTENT, name: str = "a.jsonl", **headers: str) -> Any:
@@ -79,6 +79,14 @@ def test_a_key_belongs_to_one_route(client: TestClient) -> None:
     assert [answer.status_code for answer in cancelled] == [200, 200]
     assert is_replay(cancelled[1]) and cancelled[1].json()["status"] == "cancelled"
     assert client.post(f"{JOBS}/{job}/cancel").status_code == 409
+
+
+def test_a_model_that_is_not_there_yet_leaves_the_key_free(client: TestClient) -> None:
+    file_id = upload(client)["id"]
+    for _ in range(2):
+        answer = create(client, file_id, "early", model="ft:smollm2-135m-instruct:default::soon")
+        assert answer.status_code == 404 and not is_replay(answer)
+    assert create(client, file_id, "early").status_code == 200
 
 
 def test_errors_about_the_request_are_replayed(client: TestClient) -> None:

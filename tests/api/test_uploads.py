@@ -14,7 +14,7 @@ from openai import OpenAI
 from sqlalchemy import func, select, update
 
 from api import uploads as routes
-from shared import files, storage
+from shared import files, storage, uploads
 from shared.db import now, reading, transaction
 from shared.files import Finding
 from shared.models import File, FileStatus, Upload, UploadPart
@@ -366,3 +366,24 @@ def test_a_key_makes_a_creation_and_a_part_happen_once(client: TestClient, setti
         for _ in range(2)
     }
     assert len(files) == 1 and stored_files(settings) == parts | files
+
+
+def test_an_upload_takes_no_more_than_its_size_again(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_PART_BYTES", 100)
+    upload_id = begin(client, size=200)
+    parts = [add(client, upload_id, b"x" * 100) for _ in range(5)]
+    answer = client.post(f"/v1/uploads/{upload_id}/parts", files={"data": b"x"})
+    assert "5 parts of 500 bytes" in refused(answer)["message"]
+    monkeypatch.setattr(uploads, "MAX_PART_BYTES", 10**6)
+    monkeypatch.setattr(uploads, "MAX_PARTS", 5)
+    assert refused(client.post(f"/v1/uploads/{upload_id}/parts", files={"data": b"x"}))["code"] == "too_many_parts"
+    assert complete(client, upload_id, parts[:2]).status_code == 400, "x is no training data, but their size is right"
+
+
+def test_a_part_that_is_damaged_in_storage_makes_no_file(client: TestClient, settings: Settings) -> None:
+    upload_id = begin(client)
+    part_id = add(client, upload_id, CONTENT)
+    (settings.storage_root / "files" / part_id).write_bytes(CONTENT.replace(b"question 7", b"question 8"))
+    answer = complete(client, upload_id, [part_id])
+    assert part_id in refused(answer, 500)["message"]
+    assert stored_files(settings) == {part_id}
