@@ -124,11 +124,11 @@ class Once:
 
     def may_keep(self, error: AppError) -> bool:
         """Whether an error is the final answer to a request with a key."""
+        if self._key is None or self._sha256 is None:
+            return False
         # A model that isn't there may be the one that another job is about to finish.
-        may_change = error.status_code >= 500 or error.status_code in NOT_FINAL or isinstance(error, ModelNotFound)
-        return (
-            not may_change and self._key is not None and self._sha256 is not None and not isinstance(error, KeyReused)
-        )
+        will_stay = error.status_code < 500 and error.status_code not in NOT_FINAL
+        return will_stay and not isinstance(error, KeyReused | ModelNotFound)
 
     def keep_error(self, error: AppError) -> None:
         """Keep a final error as the answer, after the transaction that raised it has rolled back.

@@ -12,8 +12,8 @@ from tests.failpoints.runner import Case, Outcome
 from tests.failpoints.scenarios import SCENARIOS, Scenario
 from tests.failpoints.services import Databases, databases
 
-LANES = 2
-SAMPLE = 24
+LANES = 3
+SAMPLE = 16
 OPERATIONS = {"create", "write", "fsync", "rename", "mkdir", "unlink", "rmdir", "commit", "publish", "send", "report"}
 
 

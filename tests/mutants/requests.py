@@ -21,8 +21,8 @@ REQUESTS = (
     guard(
         "an upload that has ended takes no part",
         "shared/uploads.py",
-        "    get_pending(session, project_id, upload_id, hold=True)\n",
-        "",
+        "    upload = get_pending(session, project_id, upload_id, hold=True)\n",
+        "    upload = session.get_one(Upload, upload_id)\n",
         pytest(f"{UPLOADS}::test_a_part_that_arrives_while_its_upload_ends_leaves_nothing"),
     ),
     guard(
@@ -151,8 +151,8 @@ REQUESTS = (
     guard(
         "a failure of ours leaves the key free",
         "api/idempotency.py",
-        "        is_final = error.status_code < 500 and error.status_code not in NOT_FINAL\n",
-        "        is_final = True\n",
+        "        will_stay = error.status_code < 500 and error.status_code not in NOT_FINAL\n",
+        "        will_stay = True\n",
         pytest(f"{ONCE}::test_a_failure_of_ours_leaves_the_key_free"),
     ),
     guard(
