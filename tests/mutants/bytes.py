@@ -169,6 +169,6 @@ BYTES = (
         "shared/files.py",
         "    if not known:\n",
         "    if True:\n",
-        failpoints("upload", "commit", "confirmation lost"),
+        failpoints("run", "commit in worker/supervisor", "confirmation lost"),
     ),
 )
