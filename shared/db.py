@@ -6,8 +6,10 @@ everybody out.
 """
 
 import os
+import random
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,6 +30,7 @@ from shared.settings import get_settings
 SQLITE_SAFE_WAL = (3, 51, 3)
 """SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
 SQLITE_BUSY_TIMEOUT_S = 20
+SQLITE_LOOK_EVERY_S = 0.002
 SQLITE_CACHE_KIB = 256
 """Of each connection. SQLite's own 2 MiB fills as the database grows, times the connections of a pool: 15 MiB in half
 an hour of load. The kernel caches the same pages once, and each write by another process empties this cache anyway."""
@@ -124,8 +127,28 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     # Immediate, or two readers that both turn into writers would deadlock and one fail at once.
-    reading_only = connection.get_execution_options().get("reading", False)
-    connection.exec_driver_sql("BEGIN" if reading_only else "BEGIN IMMEDIATE")
+    if connection.get_execution_options().get("reading", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # SQLite itself would look again ever more seldom, at last ten times a second. A process whose threads write one
+    # after the other frees the database for a tenth of a millisecond in between: a sweep waited for seconds.
+    driver = connection.connection.dbapi_connection
+    assert isinstance(driver, sqlite3.Connection)
+    deadline = time.monotonic() + SQLITE_BUSY_TIMEOUT_S
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        while time.monotonic() < deadline:
+            try:
+                driver.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    break
+            else:
+                return
+            time.sleep(random.uniform(0.5, 1.5) * SQLITE_LOOK_EVERY_S)  # noqa: S311 - so that two don't keep step
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # what SQLite says now, as an error of SQLAlchemy's
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_S * 1000}")
 
 
 @lru_cache(maxsize=1)
