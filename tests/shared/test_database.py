@@ -146,3 +146,41 @@ def test_leases_and_passes_use_the_databases_clock(settings: Settings) -> None:
         second = db.clock(session)
     assert 0.01 < second - first < 5
     assert abs(second - time.time()) < 60
+
+
+BUSY = """
+import threading, time
+from sqlalchemy import text
+from shared import db
+
+def write():
+    while True:
+        with db.transaction() as session:
+            session.execute(text("UPDATE sweeps SET last_pass_at = last_pass_at + 1"))
+            time.sleep(0.004)
+
+for _ in range(4):
+    threading.Thread(target=write, daemon=True).start()
+time.sleep(0.5)
+print("writing", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_process_whose_threads_write_all_the_time_starves_no_other(settings: Settings) -> None:
+    busy = subprocess.Popen((sys.executable, "-c", BUSY), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    waits_s = []
+    try:
+        assert busy.stdout is not None
+        assert busy.stdout.readline() == b"writing\n"
+        for _ in range(20):
+            began = time.monotonic()
+            with db.transaction() as session:
+                session.execute(text("UPDATE sweeps SET last_pass_at = last_pass_at"))
+            waits_s.append(time.monotonic() - began)
+            time.sleep(0.05)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert sum(waits_s) / len(waits_s) < 0.5
