@@ -259,3 +259,10 @@ def test_an_engine_that_fails_is_replaced(
         ask(sdk)
     assert caught.value.code == "engine_failed"
     assert ask(sdk).choices[0].message.content == before
+
+
+def test_no_thread_of_an_engine_holds_up_a_process_that_leaves(sdk: openai.OpenAI, generator: RunningGenerator) -> None:
+    ask(sdk)
+    engines = [thread for thread in threading.enumerate() if "generation_loop" in thread.name]
+    assert engines
+    assert all(thread.daemon for thread in engines)

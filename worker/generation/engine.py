@@ -9,6 +9,7 @@ the model's folder; the event loop that calls `start` gets the tokens.
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +176,10 @@ class Engine:
             LogitsProcessorList([SeededSampling(device)])
         )
         self._manager.logit_processor.tensors_required = 1
-        self._manager.start()
+        # What a daemon thread starts is a daemon, too: a process that leaves in the middle of a load waits for nobody.
+        starter = threading.Thread(target=self._manager.start, daemon=True)
+        starter.start()
+        starter.join()
 
     @property
     def is_alive(self) -> bool:
