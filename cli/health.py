@@ -45,5 +45,5 @@ def _api(settings: Settings) -> str | None:
     try:
         status = status_of(settings, "/health/live")
     except (OSError, http.client.HTTPException) as error:
-        return f"the API does not answer on port {settings.port}: {error}"
+        return f"the API does not answer on port {settings.port}: {error}; set ANNEAL_PORT if its port is another"
     return None if status == http.HTTPStatus.OK else f"the API answers /health/live with {status}"

@@ -258,14 +258,19 @@ def _metrics(session: Session, job: Job, message: Metrics) -> None:
         job,
         f"Step {message.step}/{message.total_steps}: training loss={message.loss:.4f}",
         type="metrics",
-        data={
-            "step": message.step,
-            "total_steps": message.total_steps,
-            "train_loss": message.loss,
-            "train_mean_token_accuracy": message.mean_token_accuracy,
-            "anneal": values,
-        },
+        data=step_data(message, values),
     )
+
+
+def step_data(message: Metrics, values: dict[str, Any]) -> dict[str, Any]:
+    """`data` of a step's event: OpenAI's keys, and everything else under ours."""
+    return {
+        "step": message.step,
+        "total_steps": message.total_steps,
+        "train_loss": message.loss,
+        "train_mean_token_accuracy": message.mean_token_accuracy,
+        "anneal": values,
+    }
 
 
 def _evaluation(session: Session, job: Job, message: Evaluation) -> None:

@@ -115,8 +115,8 @@ def follow(
             data = event.data if isinstance(event.data, dict) else {}
             if event.type != "metrics":
                 on_message(event.message)
-            elif "loss" in data:
-                on_metrics(data)
+            elif "train_loss" in data:
+                on_metrics({"step": data["step"], **data["anneal"]})
         if job.status == "succeeded" and job.fine_tuned_model:
             return job
         if job.status in ("failed", "cancelled"):

@@ -19,6 +19,8 @@ from rich.console import Console
 from cli.demo import report, work
 from cli.demo.progress import progress
 from cli.demo.service import ServiceFailed, running
+from shared.trainer_protocol import Metrics
+from worker.recorder import step_data
 
 JOB = {
     "id": "ftjob-1", "object": "fine_tuning.job", "created_at": 1, "error": None, "fine_tuned_model": None,
@@ -33,6 +35,25 @@ def event(number: int, kind: str, message: str, data: dict[str, Any] | None = No
     return {**base, "type": kind, "message": message, "data": data}
 
 
+def recorded(step: int, loss: float) -> dict[str, Any]:
+    """The data of the event that the recorder really makes of a step."""
+    message = Metrics(
+        step=step,
+        total_steps=2,
+        epoch=1.0,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens=10,
+        tokens_per_second=1.0,
+        samples_per_second=1.0,
+        peak_memory_bytes=1,
+        elapsed_s=1.0,
+        remaining_s=1.0,
+    )
+    return step_data(message, message.model_dump(exclude={"type", "step"}, exclude_none=True))
+
+
 def client_of(answer: Callable[[httpx.Request], dict[str, Any]]) -> openai.OpenAI:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer(request)))
     return openai.OpenAI(base_url="http://test/v1", api_key="x", http_client=httpx.Client(transport=transport))
@@ -40,7 +61,7 @@ def client_of(answer: Callable[[httpx.Request], dict[str, Any]]) -> openai.OpenA
 
 def test_a_job_is_followed_to_its_model_and_each_event_is_passed_on_once_in_order(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(work, "POLL_S", 0.0)
-    metrics = [event(n, "metrics", "step", {"step": n, "loss": 2.0 / n}) for n in (1, 2)]
+    metrics = [event(n, "metrics", "step", recorded(n, 2.0 / n)) for n in (1, 2)]
     pages = [[event(0, "message", "loaded")], [metrics[0], event(0, "message", "loaded")], [*metrics[::-1]]]
     states = [JOB, JOB, {**JOB, "status": "succeeded", "fine_tuned_model": "ft:x"}]
 
