@@ -52,11 +52,10 @@ def recoveries(
                 fault = _deadly(before)
                 limit_s = _limit_s(fault, settings)
                 late_at = min(claimed_at, fault.at + limit_s)  # too late is too late, whatever follows
-                disturbances = [other for other in faults if other.number in locking or _is_needed(other, fault)]
                 disturbed = fault.number in locking or any(
-                    other.at < late_at and fault.at < other.at + _away_s(other, settings.lease_s)
-                    for other in disturbances
-                    if other is not fault
+                    other.at < late_at and fault.at < other.at + _away_s(other, settings.lease_s, locking)
+                    for other in faults
+                    if other is not fault and (other.number in locking or _is_needed(other, fault))
                 )
                 found.append(Recovery(fault, claimed_at - fault.at, limit_s, not disturbed))
     return found
@@ -73,10 +72,10 @@ def _is_needed(other: Fault, fault: Fault) -> bool:
     return other.role in NEEDED or (other.job_id, other.fence) == (fault.job_id, fault.fence)
 
 
-def _away_s(fault: Fault, lease_s: float) -> float:
+def _away_s(fault: Fault, lease_s: float, locking: Container[int]) -> float:
     """How long what it hit was away, with what follows from that."""
     away_s = fault.hold_s if fault.hold_s is not None else (fault.restart_s or 0) + AWAY_S.get(fault.role, 0)
-    outage = fault.role in ("postgres", "connection")
+    outage = fault.role in ("postgres", "connection") or fault.number in locking
     return away_s + (1.5 * lease_s if outage else 0)  # after an outage nobody's lease expires for a whole one
 
 

@@ -43,7 +43,7 @@ def verdict(campaign: Campaign) -> dict[str, Any]:
                 for job in evidence.jobs
                 if job.id == damage.job_id
             ),
-            "that_locked_sqlite": len(injector.locking),
+            "that_locked_sqlite": sorted(injector.locking),
         },
         "jobs": {
             "count": len(evidence.jobs),

@@ -195,6 +195,9 @@ def test_recovery_is_the_time_to_the_next_claim_and_knows_what_got_in_its_way(se
     assert one.is_undisturbed
     (one,) = recoveries([GOOD], [hit], settings_of_4_s, locking={1})
     assert not one.is_undisturbed
+    stopped = fault(2, 3.0, "stop", "supervisor", hold_s=1.0, job_id="other")  # over long before
+    assert recoveries([GOOD], [hit, stopped], settings_of_4_s)[0].is_undisturbed
+    assert not recoveries([GOOD], [hit, stopped], settings_of_4_s, locking={2})[0].is_undisturbed  # but for its outage
 
 
 def test_a_slow_recovery_is_not_excused_by_what_struck_when_it_was_late_already(settings_of_4_s: Any) -> None:
