@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from api.answer_schemas import CSV, JobMetrics
 from api.deps import Caller, OutboxDep
 from api.idempotency import OnceDep
+from api.model_route import ModelRoute
 from api.paging import After, Limit, page
 from shared import answers, checkpoints, job_creation, jobs, model_registry, waiting
 from shared.db import reading, transaction
@@ -24,7 +25,7 @@ from shared.models import Job, JobStatus, Metric
 from shared.queue_view import queue_view
 from shared.schemas import FineTuningJob, JobCheckpoint, JobCreate, Page
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=ModelRoute)
 
 
 @router.post("")
@@ -70,7 +71,7 @@ def cancel_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
         job = jobs.request_cancel(session, caller.project_id, job_id, again=once.is_retry)
         answers.forget_creation(session, job_id)
         answer = once.keep(session, None, FineTuningJob.of(job))
-    queue_view().changed()
+    queue_view().left(job)
     return answer
 
 
@@ -85,14 +86,13 @@ def pause_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
         job = waiting.request_pause(session, caller.project_id, job_id)
         answers.forget_creation(session, job_id)
         answer = once.keep(session, None, FineTuningJob.of(job))
-    queue_view().changed()
+    queue_view().left(job)
     return answer
 
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
     """A paused job goes back to its place in the queue; one that is still stopping goes on."""
-    queue_view().changed()
     with transaction() as session:
         job = waiting.resume(session, caller.project_id, job_id)
         answers.forget_creation(session, job_id)

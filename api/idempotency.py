@@ -2,7 +2,7 @@
 
 With an `Idempotency-Key` the first final answer is replayed for a day, errors that are about the request included;
 what may be different next time (408, 429, 5xx) is not kept, and the key is free. Without one, a request that says it is
-a retry (`x-stainless-retry-count` of OpenAI's SDKs) is told once what the same request created within the last
+a retry (`x-stainless-retry-count` of OpenAI's SDKs) is told once a try what the same request created within the last
 minute: best effort, for nobody can tell whether the answer before was lost.
 
 Nothing is locked or leased: the answer commits with the object (`shared.answers`). Two requests with one key that
@@ -89,7 +89,7 @@ class Once:
                 kept = answers.find(session, self._keyed(self._key))
         else:
             with transaction() as session:
-                body = answers.tell_again(session, self._project_id, self._sha256)
+                body = answers.tell_again(session, self._project_id, self._sha256, self._retries or 0)
             kept = None if body is None else Kept(200, body)
         if kept is not None:
             raise Replay(kept)
@@ -119,7 +119,8 @@ class Once:
             if not answers.keep(session, request, 200, answer.model_dump_json()):
                 raise Replay(_winner(session, request))
         elif object_id is not None:
-            answers.remember_creation(session, self._project_id, self._sha256, object_id, answer.model_dump_json())
+            body = answer.model_dump_json()
+            answers.remember_creation(session, self._project_id, self._sha256, object_id, body, self._retries or 0)
         return answer
 
     def may_keep(self, error: AppError) -> bool:

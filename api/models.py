@@ -5,13 +5,14 @@ import logging
 from fastapi import APIRouter
 
 from api.deps import Caller, SettingsDep
+from api.model_route import ModelRoute
 from shared import checkpoints, model_registry, storage
 from shared.db import reading, transaction
 from shared.errors import AppError
 from shared.schemas import Deleted, ModelList, ModelObject
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/models", tags=["models"])
+router = APIRouter(prefix="/models", tags=["models"], route_class=ModelRoute)
 
 
 @router.get("")

@@ -45,5 +45,6 @@ def _api(settings: Settings) -> str | None:
     try:
         status = status_of(settings, "/health/live")
     except (OSError, http.client.HTTPException) as error:
-        return f"the API does not answer on port {settings.port}: {error}; set ANNEAL_PORT if its port is another"
+        said = f"the API does not answer on port {settings.port}: {error}"
+        return f"{said}; if its port is another, name it with --port or ANNEAL_PORT"
     return None if status == http.HTTPStatus.OK else f"the API answers /health/live with {status}"

@@ -99,12 +99,14 @@ def migrate(data: Data = None) -> None:
 
 @app.command()
 def health(
-    name: Annotated[str, typer.Argument(help="api, train, batch, generate or sweep")], data: Data = None
+    name: Annotated[str, typer.Argument(help="api, train, batch, generate or sweep")],
+    data: Data = None,
+    port: Annotated[int | None, typer.Option(help="The API's port (ANNEAL_PORT).")] = None,
 ) -> None:
     """Exit with 0 if the named process of this host is alive, 1 if not."""
     from cli.health import check
 
-    problem = check(_settings(data), name)
+    problem = check(_settings(data, port=port), name)
     if problem is not None:
         _fail(problem)
 

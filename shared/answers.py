@@ -1,7 +1,7 @@
 """What POSTs were answered, kept so that sending one again creates nothing.
 
     with an Idempotency-Key   `Answer`: kept for a day, told as often as it is asked for
-    without one               `Creation`: kept for a minute, told once, to a request that says it is a retry
+    without one               `Creation`: kept for a minute, told once to each try that says it is one more
 
 Both are written in the transaction that creates the object: there is no instant at which one is there without the
 other, whatever crashes, and of two requests that do the same at once one commits and the other finds its answer.
@@ -100,7 +100,9 @@ def keep(session: Session, request: Request, status_code: int, body: str) -> boo
     return written.one_or_none() is not None
 
 
-def remember_creation(session: Session, project_id: str, sha256: str, object_id: str, body: str) -> None:
+def remember_creation(
+    session: Session, project_id: str, sha256: str, object_id: str, body: str, retries: int = 0
+) -> None:
     """Keep what a POST without a key created, for the retry of a client that does not get the answer."""
     session.execute(
         insert(Creation).values(
@@ -109,28 +111,28 @@ def remember_creation(session: Session, project_id: str, sha256: str, object_id:
             request_sha256=sha256,
             body=body,
             created_at=now(),
-            told_again=False,
+            told_to=retries,
         )
     )
 
 
-def tell_again(session: Session, project_id: str, sha256: str) -> str | None:
-    """The body of the answer that a retried POST has probably lost; each is told once."""
+def tell_again(session: Session, project_id: str, sha256: str, retries: int) -> str | None:
+    """The body of the answer that a retried POST has probably lost, however often; each try is told once."""
     lost = (
         select(Creation.object_id)
         .where(
             Creation.project_id == project_id,
             Creation.request_sha256 == sha256,
             Creation.created_at > now() - RETRIED_WITHIN_S,
-            Creation.told_again.is_(False),
+            Creation.told_to < retries,
         )
         .order_by(Creation.created_at.desc())
         .limit(1)
     )
     return session.scalar(
         update(Creation)
-        .where(Creation.object_id == lost.scalar_subquery(), Creation.told_again.is_(False))
-        .values(told_again=True)
+        .where(Creation.object_id == lost.scalar_subquery(), Creation.told_to < retries)
+        .values(told_to=retries)
         .returning(Creation.body)
     )
 

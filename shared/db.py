@@ -12,16 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from sqlalchemy import Connection, Engine, Float, create_engine, event, select
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import DisconnectionError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -29,6 +30,7 @@ from shared.settings import get_settings
 
 SQLITE_SAFE_WAL = (3, 51, 3)
 """SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
+PROBED_AFTER_S = 1.0
 SQLITE_BUSY_TIMEOUT_S = 20
 SQLITE_LOOK_EVERY_S = 0.002
 SQLITE_CACHE_KIB = 256
@@ -66,19 +68,19 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
 def make_engine(url: str) -> Engine:
     """An engine with this project's rules on it.
 
-    PostgreSQL: connections are probed before use, a dead peer is noticed by TCP within half a minute, statements wait
-    10 s for a lock at most, and a client that stands still inside a transaction loses it within a quarter of a lease,
-    or a process that was stopped there would hold its rows beyond their lease. SQLite: one host only; the journal is
-    chosen by version, writers queue in `BEGIN IMMEDIATE`.
+    PostgreSQL: connections that were idle are probed before use, a dead peer is noticed by TCP within half a minute,
+    statements wait 10 s for a lock at most, and a client that stands still inside a transaction loses it within a
+    quarter of a lease, or a process that was stopped there would hold its rows beyond their lease. SQLite: one host
+    only; the journal is chosen by version, writers queue in `BEGIN IMMEDIATE`.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         idle_ms = max(1000, round(get_settings().lease_s * 1000 / 4))
-        return create_engine(
+        engine = create_engine(
             url,
-            pool_pre_ping=True,
             pool_size=20,
             max_overflow=30,
+            pool_use_lifo=True,
             connect_args={
                 "connect_timeout": 5,
                 "keepalives_idle": 10,
@@ -89,6 +91,9 @@ def make_engine(url: str) -> Engine:
                 f"-c idle_in_transaction_session_timeout={idle_ms}ms",
             },
         )
+        event.listen(engine, "checkin", _note_use)
+        event.listen(engine, "checkout", partial(_probe, engine))
+        return engine
     if parsed.database and parsed.database != ":memory:":
         folder = Path(parsed.database).absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +104,21 @@ def make_engine(url: str) -> Engine:
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _probe(engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Look whether a connection lives before it is used, unless it was a moment ago: a busy API would pay a round trip
+    more for each request. Where the server goes away within that moment, one request is told so."""
+    if time.monotonic() - record.info.get("used_at", 0.0) < PROBED_AFTER_S:
+        return
+    try:
+        engine.dialect.do_ping(connection)
+    except Exception as error:
+        raise DisconnectionError("the connection did not outlive its idleness") from error  # the pool makes another
 
 
 def _refuse_network(folder: Path) -> None:
@@ -164,7 +184,11 @@ def _sessions() -> sessionmaker[Session]:
 
 @lru_cache(maxsize=1)
 def _reading_sessions() -> sessionmaker[Session]:
-    return sessionmaker(get_engine().execution_options(reading=True), expire_on_commit=False)
+    engine = get_engine()
+    if engine.dialect.name == "postgresql":
+        # Each statement sees what is committed when it begins, as in a transaction there, but for two round trips less.
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    return sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
 
 
 @contextmanager

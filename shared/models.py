@@ -6,7 +6,7 @@ Times are seconds since 1970 by the database's clock, as doubles. Every row belo
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, desc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 DEFAULT_PROJECT = "default"
@@ -195,7 +195,7 @@ class Job(Base):
 
     __table_args__ = (
         Index("jobs_by_project", "project_id", "created_at", "id"),
-        Index("jobs_by_status", "status", "priority", "created_at", "id"),
+        Index("jobs_by_status", "status", desc("priority"), "created_at", "id"),
         Index("jobs_by_end", "status", "finished_at"),
     )
 
@@ -312,8 +312,8 @@ class Creation(Base):
     body: Mapped[str] = mapped_column(Text)
     """What was answered."""
     created_at: Mapped[float]
-    told_again: Mapped[bool] = mapped_column(default=False)
-    """A retry was answered with it; the next one creates."""
+    told_to: Mapped[int]
+    """The try that was answered with it last, 0 being the first one; a later try has lost that answer too."""
 
     __table_args__ = (
         Index("creations_by_request", "project_id", "request_sha256", "created_at"),

@@ -2,8 +2,8 @@
 
 One look at the database serves many answers: counting who is ahead for each job that is read would cost more than the
 reading. A view grows old in proportion to what it cost, so that looking takes a twentieth of one processor at most: a
-short queue is some milliseconds behind, one of ten thousand jobs half a second. Jobs created here meanwhile are put in
-their place; `changed` is for what this process moved itself.
+short queue is some milliseconds behind, one of ten thousand jobs half a second. Jobs that this process itself puts into
+the queue or takes out of it meanwhile (`left`) are put in their place and removed.
 
 An estimate, and no promise: workers are those that run a job now, one at least, and a job that waits will take as long
 as jobs took lately.
@@ -74,6 +74,11 @@ class View:
             self.waiting.insert(index, place)
         return index + 1
 
+    def remove(self, place: Place) -> None:
+        index = bisect.bisect_left(self.waiting, place)
+        if self.waiting[index : index + 1] == [place]:
+            del self.waiting[index]
+
     def start_of(self, position: int) -> float | None:
         """When the job at a position may start; None if nothing tells."""
         while len(self._starts) < position:
@@ -99,7 +104,9 @@ class QueueView:
     def __init__(self) -> None:
         self._looking = threading.Lock()
         self._view: View | None = None
-        self._changes = 0
+        self._leaving = threading.Lock()
+        self._left: list[Place] = []
+        """During the latest look, which may have seen them still."""
         self._good_until = 0.0
         self._duration_s: float | None = None
         self._duration_good_until = 0.0
@@ -113,10 +120,14 @@ class QueueView:
         with view.lock:
             return {job.id: _shown(view, job) for job in queued}
 
-    def changed(self) -> None:
-        """Somebody has left the queue, or come back to it: the next answer needs a new look."""
-        self._changes += 1
-        self._view = None
+    def left(self, job: Job) -> None:
+        """A job waits no longer. Call after the commit."""
+        with self._leaving:
+            if self._looking.locked():
+                self._left.append(_place(job))
+            if (view := self._view) is not None:
+                with view.lock:
+                    view.remove(_place(job))
 
     def _current(self, session: Session) -> View:
         view = self._view
@@ -131,7 +142,8 @@ class QueueView:
             self._looking.release()
 
     def _look(self, session: Session) -> View:
-        changes, began = self._changes, time.monotonic()
+        began = time.monotonic()
+        self._left = []
         if began >= self._duration_good_until:
             self._duration_s = _recent_duration(session)
             self._duration_good_until = began + DURATION_KEPT_S
@@ -147,9 +159,11 @@ class QueueView:
         at = rows[0][0] if rows else clock(session)
         waiting.sort()
         view = View(at, waiting, running, self._duration_s or _duration_of(running))
-        if changes == self._changes:
+        with self._leaving:
+            for place in self._left:
+                view.remove(place)
             self._view = view
-            self._good_until = time.monotonic() + (time.monotonic() - began) / COST_SHARE
+        self._good_until = time.monotonic() + (time.monotonic() - began) / COST_SHARE
         return view
 
 
@@ -161,8 +175,12 @@ def queue_view() -> QueueView:
     return _views.setdefault(get_engine(), QueueView())
 
 
+def _place(job: Job) -> Place:
+    return (-job.priority, job.created_at, job.id)
+
+
 def _shown(view: View, job: Job) -> dict[str, int | None]:
-    position = view.position((-job.priority, job.created_at, job.id))
+    position = view.position(_place(job))
     start = view.start_of(position)
     if start is not None and job.not_before is not None:
         start = max(start, job.not_before)

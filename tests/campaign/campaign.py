@@ -119,7 +119,8 @@ class Campaign:
 
     def recoveries(self) -> list[recovery.Recovery]:
         injector = self.injector
-        return recovery.recoveries(self.evidence.jobs, injector.faults, self.settings, injector.locking)
+        workers = self.load.pace.train_workers
+        return recovery.recoveries(self.evidence.jobs, injector.faults, self.settings, injector.locking, workers)
 
     def clean_up(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

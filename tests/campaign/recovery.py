@@ -27,7 +27,11 @@ class Recovery:
 
 
 def recoveries(
-    jobs: Sequence[JobRecord], faults: Sequence[Fault], settings: Settings, locking: Container[int] = ()
+    jobs: Sequence[JobRecord],
+    faults: Sequence[Fault],
+    settings: Settings,
+    locking: Container[int] = (),
+    workers: int | None = None,
 ) -> list[Recovery]:
     """One for each claim that ended in a further claim and was hit: from the last fault that hit it to that claim.
 
@@ -36,8 +40,10 @@ def recoveries(
 
     Args:
         locking: faults that stopped a process inside an SQLite transaction, which is an outage of the database.
+        workers: how many there are, one job each; None for more than enough.
     """
     found = []
+    runs = [(events[0].created_at, events[-1].created_at) for job in jobs for events in attempts(job)]
     for job in jobs:
         hits: dict[int, list[Fault]] = {}
         for fault in faults:
@@ -57,6 +63,12 @@ def recoveries(
                     for other in faults
                     if other is not fault and (other.number in locking or _is_needed(other, fault))
                 )
+                if workers is not None and not disturbed:
+                    # Given back, it waits for its turn like any other job: until then nobody was free.
+                    helpers = workers - (fault.role != "trainer")
+                    given_back_at = claims[fence - 1][-1].created_at
+                    busy = sum(began <= given_back_at and late_at <= ended for began, ended in runs)
+                    disturbed = given_back_at < late_at and busy >= helpers
                 found.append(Recovery(fault, claimed_at - fault.at, limit_s, not disturbed))
     return found
 

@@ -200,6 +200,16 @@ def test_recovery_is_the_time_to_the_next_claim_and_knows_what_got_in_its_way(se
     assert not recoveries([GOOD], [hit, stopped], settings_of_4_s, locking={2})[0].is_undisturbed  # but for its outage
 
 
+def test_a_recovery_that_waits_for_a_worker_to_be_free_is_disturbed(settings_of_4_s: Any) -> None:
+    hit = fault(1, 7.5, "kill", "supervisor", job_id="j", fence=1)
+    long = events("Job claimed by worker b", *(1,) * 20, "The job has successfully completed")
+    other = dataclasses.replace(GOOD, id="other", events=long)
+    short = dataclasses.replace(other, events=long[:8])  # free again before the claim at 9
+    for others, undisturbed in (([other], False), ([short], True), ([], True)):
+        one = recoveries([GOOD, *others], [hit], settings_of_4_s, workers=2)[0]
+        assert one.is_undisturbed is undisturbed
+
+
 def test_a_slow_recovery_is_not_excused_by_what_struck_when_it_was_late_already(settings_of_4_s: Any) -> None:
     late = renamed("Job claimed by worker b, claim 2", "x", "Job claimed by worker b, claim 2")
     moved = tuple(dataclasses.replace(e, created_at=e.created_at + 20 * (e.sequence > 9)) for e in late.events)

@@ -11,12 +11,12 @@ from typing import Any
 import redis
 from sqlalchemy import select
 
-from shared import db, files, job_creation, storage
+from shared import db, job_creation
 from shared.db import reading, transaction
-from shared.ids import new_id
-from shared.models import Event, FileStatus, Job
+from shared.models import Event, Job
 from shared.schemas import JobCreate
 from shared.settings import get_settings
+from tests.rows import stored_file
 from worker import lifecycle
 
 BASE = "test/tiny"
@@ -104,20 +104,7 @@ def _live(work: Callable[[Barrier], Any], barrier: Barrier, writer: Any) -> None
 
 
 def add_file(content: bytes) -> str:
-    file_id = new_id("file")
-    stored = storage.save_file(get_settings(), file_id, [content], max_bytes=10**6)
-    with transaction() as session:
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="train.jsonl",
-            purpose="fine-tune",
-            size_bytes=stored.bytes,
-            sha256=stored.sha256,
-            status=FileStatus.PROCESSED,
-        )
-    return file_id
+    return stored_file(get_settings(), content)
 
 
 def add_jobs(file_id: str, count: int) -> list[str]:

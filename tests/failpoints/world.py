@@ -22,16 +22,16 @@ from celery.exceptions import CeleryError
 from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared import db, files, job_creation, storage
+from shared import db, job_creation
 from shared.db import transaction
 from shared.errors import AppError
-from shared.ids import new_id
 from shared.models import FileStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings, get_settings
 from tests.failpoints import hooks, toy
 from tests.failpoints.ledger import Ledger
 from tests.failpoints.points import Board, Fault, Points
+from tests.rows import stored_file
 from worker import lifecycle, supervisor
 
 BASE = "test/tiny"
@@ -163,20 +163,7 @@ class World:
     # Things a scenario starts with, made by the product's own verbs.
 
     def add_file(self, content: bytes, status: FileStatus = FileStatus.PROCESSED) -> str:
-        file_id = new_id("file")
-        stored = storage.save_file(self.settings, file_id, [content], max_bytes=10**7)
-        with transaction() as session:
-            files.create(
-                session,
-                file_id=file_id,
-                project_id="default",
-                filename="train.jsonl",
-                purpose="fine-tune",
-                size_bytes=stored.bytes,
-                sha256=stored.sha256,
-                status=status,
-            )
-        return file_id
+        return stored_file(self.settings, content, status=status)
 
     def submit(self, file_id: str, validation_file: str | None = None, **training: Any) -> str:
         body = {"model": BASE, "training_file": file_id, "validation_file": validation_file, "training": training}

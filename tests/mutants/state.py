@@ -85,8 +85,8 @@ STATE = (
     guard(
         "SQLite's writers queue up",
         "shared/db.py",
-        '"BEGIN" if reading_only else "BEGIN IMMEDIATE"',
-        '"BEGIN"',
+        '                driver.execute("BEGIN IMMEDIATE")\n',
+        '                driver.execute("BEGIN")\n',
         contention("cancel against completion", "sqlite", 0.2),
     ),
     guard(

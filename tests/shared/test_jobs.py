@@ -10,29 +10,18 @@ from sqlalchemy import select, update
 from shared import events, files, job_creation, jobs
 from shared.db import clock, now, transaction
 from shared.errors import Conflict, NotFound
-from shared.ids import new_id
 from shared.models import TERMINAL, Event, File, FileStatus, Job, JobStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings
+from tests.rows import file_row
 from worker import tasks
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def add_file(status: FileStatus = FileStatus.PROCESSED) -> str:
-    file_id = new_id("file")
     with transaction() as session:
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="a.jsonl",
-            purpose="fine-tune",
-            size_bytes=1,
-            sha256="",
-            status=status,
-        )
-    return file_id
+        return file_row(session, status=status)
 
 
 def add_job(file_id: str, **body: Any) -> str:
@@ -178,7 +167,10 @@ def test_events_are_numbered_without_a_gap_by_competing_writers() -> None:
     assert numbers == list(range(1, 43))
 
 
-def test_the_settling_of_a_file_moves_the_jobs_that_wait_for_it(settings: Settings) -> None:
+def test_the_settling_of_a_file_moves_the_jobs_that_wait_for_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "send", lambda celery, hint: None)  # no broker here, and its clients are patient
     good, bad = add_file(FileStatus.UPLOADED), add_file(FileStatus.UPLOADED)
     waits, fails, waits_for_both = add_job(good), add_job(bad), add_job(good, validation_file=bad)
     assert {status_of(job) for job in (waits, fails, waits_for_both)} == {"validating_files"}

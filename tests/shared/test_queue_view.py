@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, update
 
-from shared import jobs
+from shared import jobs, queue_view
 from shared.db import clock, get_engine, reading, transaction
 from shared.models import Job, JobStatus
 from shared.queue_view import QueueView, Running, View
@@ -94,7 +94,7 @@ def test_a_hundred_jobs_cost_one_query_and_the_next_hundred_none() -> None:
     ids = [add_job(file_id) for _ in range(100)]
     view = QueueView()
     shown(view, ids[0])  # what recent jobs took is asked once in a while
-    view.changed()
+    view._good_until = 0.0
     with reading() as session:
         rows = [session.get_one(Job, job_id) for job_id in ids]
         statements: list[str] = []
@@ -109,7 +109,7 @@ def test_a_hundred_jobs_cost_one_query_and_the_next_hundred_none() -> None:
 
 
 @pytest.mark.usefixtures("settings")
-def test_a_job_younger_than_the_view_gets_its_place_and_a_change_is_seen_at_once() -> None:
+def test_a_job_younger_than_the_view_gets_its_place_and_one_that_left_has_none() -> None:
     file_id = add_file()
     view = QueueView()
     ahead, behind = add_job(file_id), add_job(file_id)
@@ -118,6 +118,22 @@ def test_a_job_younger_than_the_view_gets_its_place_and_a_change_is_seen_at_once
     urgent = add_job(file_id, training={"priority": 1})
     assert [place["position"] for place in shown(view, urgent, ahead, behind)] == [1, 2, 3]
     with transaction() as session:
-        jobs.request_cancel(session, "default", ahead)
-    view.changed()
+        cancelled = jobs.request_cancel(session, "default", ahead)
+    view.left(cancelled)
     assert [place and place["position"] for place in shown(view, urgent, ahead, behind)] == [1, None, 2]
+
+
+@pytest.mark.usefixtures("settings")
+def test_a_job_that_leaves_during_a_look_is_not_shown_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = add_file()
+    leaves, stays = add_job(file_id), add_job(file_id)
+    view = QueueView()
+    with reading() as session:
+        job = session.get_one(Job, leaves)
+
+    def meanwhile(running: Any) -> None:  # the look has seen both
+        view.left(job)
+
+    monkeypatch.setattr(queue_view, "_duration_of", meanwhile)
+    (place,) = shown(view, stays)
+    assert place["position"] == 1

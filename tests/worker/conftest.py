@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from shared import files, job_creation, storage
+from shared import job_creation
 from shared.db import transaction
-from shared.ids import new_id
-from shared.models import FileStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings
+from tests.rows import stored_file
 from tests.worker.steps import BASE
 from worker import base_models
 
@@ -32,20 +31,9 @@ def submit(settings: Settings) -> Callable[..., str]:
     def submit(
         training: dict[str, Any] | None = None, *, validated: bool = False, model: str = BASE, **plan: Any
     ) -> str:
-        file_id = new_id("file")
         content = json.dumps({"steps": 5, **plan}).encode()
-        stored = storage.save_file(settings, file_id, [content], max_bytes=10**6)
+        file_id = stored_file(settings, content, filename="plan.json")
         with transaction() as session:
-            files.create(
-                session,
-                file_id=file_id,
-                project_id="default",
-                filename="plan.json",
-                purpose="fine-tune",
-                size_bytes=stored.bytes,
-                sha256=stored.sha256,
-                status=FileStatus.PROCESSED,
-            )
             body = {"model": model, "training_file": file_id, "suffix": "toy", "training": training or {}}
             request = JobCreate.model_validate({**body, "validation_file": file_id if validated else None})
             return job_creation.submit(session, "default", request).id

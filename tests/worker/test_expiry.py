@@ -16,6 +16,7 @@ from shared.models import Answer, Creation, File, FileStatus, Job, Upload, Uploa
 from shared.schemas import JobCreate
 from shared.settings import Settings
 from shared.upload_schemas import UploadCreate
+from tests.rows import file_row, stored_file
 from worker import expiry, garbage
 from worker.sweeper import Sweeper
 
@@ -24,21 +25,7 @@ DAY_S = 86_400
 
 
 def make_file(settings: Settings, *, expires_after_s: int | None = 3600) -> str:
-    file_id = new_id("file")
-    stored = storage.save_file(settings, file_id, [b"x"], max_bytes=1)
-    with transaction() as session:
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="a.jsonl",
-            purpose="fine-tune",
-            size_bytes=stored.bytes,
-            sha256=stored.sha256,
-            status=FileStatus.PROCESSED,
-            expires_after_s=expires_after_s,
-        )
-    return file_id
+    return stored_file(settings, b"x", expires_after_s=expires_after_s)
 
 
 def make_upload(settings: Settings, parts: int) -> tuple[str, list[str]]:
@@ -166,16 +153,7 @@ def test_a_row_that_comes_while_garbage_is_collected_keeps_its_bytes(
         delete_file(given, file_id)
         other = second if file_id == first else first
         with transaction() as session:
-            files.create(
-                session,
-                file_id=other,
-                project_id="default",
-                filename="a",
-                purpose="user_data",
-                size_bytes=1,
-                sha256="",
-                status=FileStatus.PROCESSED,
-            )
+            file_row(session, other)
 
     monkeypatch.setattr(storage, "delete_file", and_meanwhile_the_other_gets_its_row)
     assert garbage.collect(impatient, "this database") == 1
@@ -243,7 +221,7 @@ def test_what_is_gone_before_its_client_was_answered_is_told_to_nobody(settings:
     with transaction() as session:
         assert answers.find(session, asked) is None
         assert answers.find(session, other) is not None
-        assert answers.tell_again(session, "default", "0") is None
+        assert answers.tell_again(session, "default", "0", 1) is None
 
 
 def test_a_file_deleted_twice_at_once_is_gone_and_then_unknown(settings: Settings) -> None:
@@ -271,17 +249,7 @@ def test_a_file_deleted_twice_at_once_is_gone_and_then_unknown(settings: Setting
 def test_any_number_of_sweeps_remove_everything_once_in_bounded_steps(settings: Settings) -> None:
     with transaction() as session:
         for number in range(expiry.MOST_FILES + 50):
-            files.create(
-                session,
-                file_id=f"file-{number}",
-                project_id="default",
-                filename="a",
-                purpose="user_data",
-                size_bytes=1,
-                sha256="",
-                status=FileStatus.PROCESSED,
-                expires_after_s=-1,
-            )
+            file_row(session, f"file-{number}", expires_after_s=-1)
     assert expiry.remove_expired(settings) == expiry.MOST_FILES
     removed: list[int] = []
     threads = [threading.Thread(target=lambda: removed.append(expiry.remove_expired(settings))) for _ in range(5)]

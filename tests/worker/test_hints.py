@@ -4,31 +4,15 @@ import time
 
 import redis
 
-from shared import files, job_creation
+from shared import job_creation
 from shared.db import transaction
-from shared.ids import new_id
 from shared.models import FileStatus
 from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES
 from shared.schemas import JobCreate
 from shared.settings import Settings
+from tests.shared.test_jobs import add_file
 from tests.worker.steps import BASE
 from worker.sweeper import MOST_HINTS, Sweeper
-
-
-def add_file(status: FileStatus) -> str:
-    file_id = new_id("file")
-    with transaction() as session:
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="a.jsonl",
-            purpose="fine-tune",
-            size_bytes=1,
-            sha256="",
-            status=status,
-        )
-    return file_id
 
 
 def test_a_sweep_sends_the_hints_that_a_lost_broker_took_along(settings: Settings) -> None:

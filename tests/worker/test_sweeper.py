@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import delete, select, update
 
-from shared import files, jobs, storage
+from shared import jobs, storage
 from shared.db import transaction
 from shared.ids import new_id
 from shared.models import Checkpoint, File, FileStatus, Job, Model, Sweep
 from shared.settings import Settings
 from tests.campaign.toy_trainer import COMMAND
+from tests.rows import file_row, stored_file
 from tests.worker.steps import claim, job_of
 from worker import supervisor, tasks
 from worker.sweeper import Sweeper
@@ -123,19 +124,7 @@ def test_a_job_that_takes_every_worker_down_fails_in_the_end(
 
 
 def test_a_files_bytes_are_not_garbage_while_its_row_lives(impatient: Settings) -> None:
-    file_id = new_id("file")
-    storage.save_file(impatient, file_id, [b"x"], max_bytes=1)
-    with transaction() as session:
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="a",
-            purpose="user_data",
-            size_bytes=1,
-            sha256="",
-            status=FileStatus.PROCESSED,
-        )
+    stored_file(impatient, b"x")
     assert collect(impatient) == 0
     with transaction() as session:
         session.execute(delete(File))
@@ -163,18 +152,8 @@ def test_a_populated_storage_is_claimed_only_by_a_database_that_knows_it(impatie
 
 
 def test_files_on_a_storage_that_is_away_wait_and_are_not_called_invalid(settings: Settings) -> None:
-    file_id = new_id("file")
     with transaction() as session:  # its bytes are on a folder that is not mounted here
-        files.create(
-            session,
-            file_id=file_id,
-            project_id="default",
-            filename="a.jsonl",
-            purpose="fine-tune",
-            size_bytes=1,
-            sha256="",
-            status=FileStatus.UPLOADED,
-        )
+        file_id = file_row(session, status=FileStatus.UPLOADED)
     tasks.validate_files()
     with transaction() as session:
         assert session.get_one(File, file_id).status == FileStatus.UPLOADED
