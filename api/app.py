@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 
 from api import chat, docs, error_handlers, files, fine_tuning, health, job_events, models, uploads
 from api.envelope import Envelope
@@ -29,10 +29,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = docs.application(lifespan)
     app.state.settings = settings
-    v1 = APIRouter(prefix="/v1")
     for router in (files.router, uploads.router, fine_tuning.router, job_events.router, models.router, chat.router):
-        v1.include_router(router)
-    app.include_router(v1)
+        app.include_router(router, prefix="/v1")
     app.include_router(health.router)
     error_handlers.install(app)
     app.add_middleware(Envelope, settings=settings)

@@ -11,7 +11,6 @@ from sqlalchemy import select
 from api.answer_schemas import BYTES
 from api.deps import Caller, OutboxDep, SettingsDep
 from api.idempotency import OnceDep
-from api.model_route import ModelRoute
 from api.multipart import chunks, only
 from api.paging import After, FilesLimit, page
 from shared import answers, files, storage
@@ -24,7 +23,7 @@ from shared.text import is_storable
 from shared.upload_schemas import MAX_FILENAME_CHARACTERS
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/files", tags=["files"], route_class=ModelRoute)
+router = APIRouter(prefix="/files", tags=["files"])
 
 CONTENT_TYPE = "application/octet-stream"
 ANCHOR = "expires_after[anchor]"

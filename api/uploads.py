@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, UploadFile
 
 from api.deps import Caller, OutboxDep, SettingsDep
 from api.idempotency import OnceDep
-from api.model_route import ModelRoute
 from api.multipart import chunks, only
 from shared import answers, files, storage, uploads
 from shared.db import reading, transaction
@@ -19,7 +18,7 @@ from shared.settings import Settings
 from shared.upload_schemas import UploadComplete, UploadCreate, UploadObject, UploadPartObject
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=ModelRoute)
+router = APIRouter(prefix="/uploads", tags=["uploads"])
 
 
 @router.post("")

@@ -35,6 +35,8 @@ TARGETS = {"create": 200.0, "read": 600.0}
 MOST_P99_MS = 150.0
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 BASE = "test/tiny"
+AS_THE_SDK = {"x-stainless-retry-count": "0"}
+"""With this header the answer is kept for a retry, which costs one more INSERT."""
 
 
 def main() -> int:
@@ -157,7 +159,7 @@ async def _drive(url: str, part: str, count: int, ids: list[str]) -> tuple[list[
             began = time.perf_counter()
             if part == "create":
                 body = {"model": BASE, "training_file": file_id, "suffix": "bench", "metadata": {"team": "bench"}}
-                async with session.post("/v1/fine_tuning/jobs", json=body) as answer:
+                async with session.post("/v1/fine_tuning/jobs", json=body, headers=AS_THE_SDK) as answer:
                     job = await _checked(answer)
                 created.append(job["id"])
             elif part == "read":

@@ -3,6 +3,7 @@
 The heartbeat is renewed by the event loop itself: a loop that hangs falls silent, whatever its threads still do.
 """
 
+import gc
 import tempfile
 
 import uvicorn
@@ -44,5 +45,8 @@ def serve(settings: Settings) -> None:
         timeout_notify=int(BEAT_EVERY_S),
         timeout_graceful_shutdown=OPEN_STREAMS_STOP_S,
     )
+    config.load()
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through it again and again would stop every request for a while
     with heartbeat:
         uvicorn.Server(config).run(sockets=[listener])

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import redis
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from shared.db import clock
 from shared.ids import new_id
-from shared.models import Event, Job
+from shared.models import Base, Event, Job
 from shared.text import storable
 
 STREAM_LENGTH = 1000
 STREAM_TTL_S = 3600
 RETRY_AFTER_S = 5.0
+
+_JOBS, _EVENTS = (Base.metadata.tables[model.__tablename__] for model in (Job, Event))
 
 
 def stream_key(job_id: str) -> str:
@@ -30,12 +32,15 @@ def stream_key(job_id: str) -> str:
 
 
 def add_with_first(session: Session, job: Job, *messages: str) -> None:
-    """Add a job that is being made, with its first events, at its own time: three statements fewer than `append`."""
+    """Insert a job that is being made, with its first events, at its own time: two statements.
+
+    The session doesn't get to know these objects: its unit of work would take longer than both statements.
+    """
     job.last_event = len(messages)
-    session.add(job)
-    session.flush()
-    for sequence, message in enumerate(messages, 1):
-        _add(session, job, sequence, job.created_at, message)
+    first = [_event(job, sequence, job.created_at, message) for sequence, message in enumerate(messages, 1)]
+    session.execute(insert(_JOBS), _columns(job))
+    session.execute(insert(_EVENTS), [_columns(event) for event in first])
+    session.info.setdefault("events", []).extend(first)
 
 
 def append(
@@ -53,11 +58,13 @@ def append(
         execution_options={"synchronize_session": False},
     )
     assert sequence is not None, "the caller holds the job's row"
-    return _add(session, job, sequence, clock(session), message, level=level, type=type, data=data)
+    event = _event(job, sequence, clock(session), message, level=level, type=type, data=data)
+    session.add(event)
+    session.info.setdefault("events", []).append(event)
+    return event
 
 
-def _add(
-    session: Session,
+def _event(
     job: Job,
     sequence: int,
     created_at: float,
@@ -67,7 +74,7 @@ def _add(
     type: str = "message",
     data: dict[str, Any] | None = None,
 ) -> Event:
-    event = Event(
+    return Event(
         id=new_id("ftevent"),
         job_id=job.id,
         project_id=job.project_id,
@@ -78,9 +85,16 @@ def _add(
         message=storable(message[:4000]),
         data=data,
     )
-    session.add(event)
-    session.info.setdefault("events", []).append(event)
-    return event
+
+
+def _columns(row: Job | Event) -> dict[str, Any]:
+    """What has been set of a new object, by the names of the table's columns."""
+    values = vars(row)
+    return {
+        attribute.columns[0].name: values[attribute.key]
+        for attribute in row.__mapper__.column_attrs
+        if attribute.key in values
+    }
 
 
 def written(session: Session) -> list[Event]:

@@ -1,9 +1,10 @@
 """Making a job: every id in it is the project's, every file can be trained on, and none of them goes away meanwhile."""
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import events, model_registry
-from shared.db import clock, has_passed
+from shared.db import now
 from shared.errors import BadRequest, NotFound
 from shared.ids import new_id
 from shared.models import File, FileStatus, Job, JobStatus
@@ -20,11 +21,11 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
         BadRequest: a file can't be trained on.
     """
     model = model_registry.find(session, project_id, request.model, hold=True)
-    files = [_usable_file(session, project_id, request.training_file, "training_file")]
+    file, created = _usable_file(session, project_id, request.training_file, "training_file")
+    checked = file.status == FileStatus.PROCESSED
     if request.validation_file is not None:
-        files.append(_usable_file(session, project_id, request.validation_file, "validation_file"))
-    checked = all(file.status == FileStatus.PROCESSED for file in files)
-    created = clock(session)
+        file, created = _usable_file(session, project_id, request.validation_file, "validation_file")
+        checked &= file.status == FileStatus.PROCESSED
     job = Job(
         id=new_id("ftjob"),
         project_id=project_id,
@@ -53,10 +54,12 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
     return job
 
 
-def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> File:
+def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> tuple[File, float]:
+    """The file, and the time by the database's clock."""
     # Shared lock: who settles or deletes the file waits for this job to be there, or this job sees what they did.
-    file = session.get(File, file_id, with_for_update={"read": True})
-    if file is None or file.project_id != project_id or has_passed(session, file.expires_at):
+    wanted = select(File, now()).where(File.id == file_id).with_for_update(read=True, of=File)
+    file, at = session.execute(wanted).one_or_none() or (None, 0.0)
+    if file is None or file.project_id != project_id or (file.expires_at is not None and file.expires_at <= at):
         raise NotFound(f"there is no file {file_id!r}; upload it first (GET /v1/files lists yours)", param=param)
     if file.purpose != "fine-tune":
         raise BadRequest(f"file {file_id} has purpose {file.purpose!r}; it must be 'fine-tune'", param=param)
@@ -64,4 +67,4 @@ def _usable_file(session: Session, project_id: str, file_id: str, param: str) ->
         raise BadRequest(
             f"file {file_id} can't be trained on: {file.status_details}", param=param, code="invalid_training_file"
         )
-    return file
+    return file, at

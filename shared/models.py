@@ -312,7 +312,7 @@ class Creation(Base):
     body: Mapped[str] = mapped_column(Text)
     """What was answered."""
     created_at: Mapped[float]
-    told_to: Mapped[int]
+    told_to: Mapped[int] = mapped_column(Integer, default=0)
     """The try that was answered with it last, 0 being the first one; a later try has lost that answer too."""
 
     __table_args__ = (

@@ -1,8 +1,8 @@
 """The queue as those who wait in it see it: how many are ahead, and when a job may start.
 
 One look at the database serves many answers: counting who is ahead for each job that is read would cost more than the
-reading. A view grows old in proportion to what it cost, so that looking takes a twentieth of one processor at most: a
-short queue is some milliseconds behind, one of ten thousand jobs half a second. Jobs that this process itself puts into
+reading. A view grows old in proportion to what it cost, so that looking takes a fiftieth of one processor at most: a
+short queue is some milliseconds behind, one of ten thousand jobs two seconds. Jobs that this process itself puts into
 the queue or takes out of it meanwhile (`left`) are put in their place and removed.
 
 An estimate, and no promise: workers are those that run a job now, one at least, and a job that waits will take as long
@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from shared.db import clock, get_engine, now
 from shared.models import Job, JobStatus
 
-COST_SHARE = 1 / 20
+COST_SHARE = 1 / 50
 RECENT_JOBS = 20
 """Finished ones whose median duration is taken."""
 DURATION_KEPT_S = 30.0
