@@ -2,7 +2,8 @@
 #
 #   make demo    fine-tune SmolLM2-135M over HTTP and compare before with after
 #   make test    every test;  ARGS="-k heartbeat" chooses some
-#   make test-sdk  OpenAI's clients for Python and Node, and LiteLLM, against a service that trains
+#   make test-sdk  OpenAI's clients for Python and Node, and LiteLLM, against a service that trains; on PostgreSQL with
+#                  DATABASE=postgresql
 #   make lint    style and import rules
 #   make types   mypy --strict
 #   make up      the service on ./anneal-data, until Ctrl-C
@@ -14,6 +15,7 @@
 #   make mutants     guards removed one at a time: every one must be caught
 #   make contention  races, duplicate deliveries, competing claimers
 #   make soak        half an hour under load: memory, descriptors and disk must stay flat
+#   make bench-api   jobs that one API process creates and reads a second, for 16 clients, on both databases
 #
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13), LOCK=locks/gpu.lock installs for an NVIDIA GPU.
 
@@ -34,7 +36,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,19s/^# *//p' Makefile
+	@sed -n '3,21s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -66,6 +68,7 @@ test: install
 # a wheel; npm is told where, and takes exactly what its lock file has.
 SDK_LOCK := locks/sdk.lock
 NODE := tests/sdk/node
+DATABASE ?= sqlite
 SDK_STAMP := $(NODE)/node_modules/.installed-for-$(notdir $(VENV))
 
 $(SDK_STAMP): $(STAMP) $(SDK_LOCK) $(NODE)/package-lock.json
@@ -75,7 +78,7 @@ $(SDK_STAMP): $(STAMP) $(SDK_LOCK) $(NODE)/package-lock.json
 	@touch $@
 
 test-sdk: $(SDK_STAMP)
-	SDK_SUITE=1 $(BIN)/python -m pytest $(ARGS) tests/sdk
+	SDK_SUITE=1 SDK_DATABASE=$(DATABASE) $(BIN)/python -m pytest $(ARGS) tests/sdk
 
 PROOF = $(BIN)/python -m tests.$@ $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT)) $(ARGS)
 

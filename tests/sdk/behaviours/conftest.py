@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import FileObject
 from openai.types.fine_tuning import FineTuningJob
 
+from tests.conftest import TEMPLATE
 from tests.integration.test_up import KEY, Up
 from tests.sdk.data import SHORT, TINY, chat_rows, jsonl, make_models
 from tests.sdk.runs import Runs
@@ -35,8 +36,15 @@ SETTINGS = {
 _numbers = itertools.count(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def database(request: pytest.FixtureRequest) -> None:
+    """`make test-sdk DATABASE=postgresql`; SQLite if nothing is said."""
+    if os.environ.get("SDK_DATABASE", "sqlite") == "postgresql":
+        SETTINGS["ANNEAL_DATABASE_URL"] = request.getfixturevalue("postgres")(TEMPLATE)
+
+
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def service(database: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """`anneal up` with a small base model beside SmolLM2."""
     folder = tmp_path_factory.mktemp("sdk")
     make_models(folder / "models")
