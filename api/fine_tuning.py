@@ -5,12 +5,11 @@ Events are in `api.job_events`.
 
 import csv
 import io
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sqlalchemy import null, select
-from sqlalchemy.orm import Session
 
 from api.answer_schemas import CSV, JobMetrics
 from api.deps import Caller, OutboxDep
@@ -22,7 +21,7 @@ from shared.db import reading, transaction
 from shared.errors import BadRequest
 from shared.metadata_filter import has_metadata
 from shared.models import Job, JobStatus, Metric
-from shared.queue_view import queue_view
+from shared.queue_view import QueueView, View, queue_view
 from shared.schemas import FineTuningJob, JobCheckpoint, JobCreate, Page
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=ModelRoute)
@@ -31,10 +30,12 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class
 @router.post("")
 def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
     """Store the job, then let the worker know."""
+    queue = queue_view().now()
     with transaction() as session:
         job = job_creation.submit(session, caller.project_id, request)
-        answer = once.keep(session, job.id, _shown(session, job))
+        answer = once.keep(session, job.id, _shown(job, queue))
     if job.status == JobStatus.QUEUED:
+        queue_view().came(job)
         outbox.training_waits()  # after commit: the worker must find the row
     return answer
 
@@ -52,7 +53,7 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
             raise BadRequest(f"unknown query parameter {key!r}; use limit, after, metadata[key]=value", param=key)
     with reading() as session:
         rows, more = page(session, query, Job, after=after, limit=limit)
-        queue = queue_view().of(session, rows)
+    queue = queue_view().of(rows)
     data = [FineTuningJob.of(job, queue.get(job.id)) for job in rows]
     return Page.of(data, more, [row.id for row in data])
 
@@ -61,7 +62,8 @@ def list_jobs(request: Request, caller: Caller, limit: Limit = 20, after: After 
 def retrieve_job(job_id: str, caller: Caller) -> FineTuningJob:
     """A job as it is now."""
     with reading() as session:
-        return _shown(session, jobs.get(session, caller.project_id, job_id))
+        job = jobs.get(session, caller.project_id, job_id)
+    return _shown(job, queue_view())
 
 
 @router.post("/{job_id}/cancel")
@@ -93,11 +95,13 @@ def pause_job(job_id: str, caller: Caller, once: OnceDep) -> FineTuningJob:
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
     """A paused job goes back to its place in the queue; one that is still stopping goes on."""
+    queue = queue_view().now()
     with transaction() as session:
         job = waiting.resume(session, caller.project_id, job_id)
         answers.forget_creation(session, job_id)
-        answer = once.keep(session, None, _shown(session, job))
+        answer = once.keep(session, None, _shown(job, queue))
     if job.status == JobStatus.QUEUED:
+        queue_view().came(job)
         outbox.training_waits()
     return answer
 
@@ -119,14 +123,14 @@ def list_checkpoints(job_id: str, caller: Caller, limit: Limit = 10, after: Afte
 
 
 @router.get("/{job_id}/metrics", response_model=None, responses={200: {"model": JobMetrics, "content": CSV}})
-def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "json") -> dict[str, Any] | Response:
+def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "json") -> Response:
     """The whole curve, one row a logged step."""
     with reading() as session:
         jobs.get(session, caller.project_id, job_id)
         rows = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)).all()
     values = [{"step": row.step, **row.values} for row in rows]
     if format == "json":
-        return {"object": "list", "data": values, "has_more": False}
+        return JSONResponse({"object": "list", "data": values, "has_more": False})  # from here: it may be long
     columns = list(dict.fromkeys(key for row in values for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or ["step"])
@@ -135,5 +139,5 @@ def job_metrics(job_id: str, caller: Caller, format: Literal["json", "csv"] = "j
     return PlainTextResponse(text.getvalue(), media_type="text/csv")
 
 
-def _shown(session: Session, job: Job) -> FineTuningJob:
-    return FineTuningJob.of(job, queue_view().of(session, [job]).get(job.id))
+def _shown(job: Job, queue: QueueView | View) -> FineTuningJob:
+    return FineTuningJob.of(job, queue.of([job]).get(job.id))

@@ -16,7 +16,6 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from api.answer_schemas import JobEvent, also_streams
 from api.deps import Caller
-from api.model_route import ModelRoute
 from api.paging import After
 from shared import events, jobs
 from shared.db import reading
@@ -24,7 +23,7 @@ from shared.errors import BadRequest, TooManyRequests
 from shared.models import TERMINAL, Event, Job, JobStatus
 from shared.schemas import Page
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=ModelRoute)
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 WAIT_MS = 1000
 """How long the tail waits on the live stream before it looks into the database itself."""

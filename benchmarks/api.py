@@ -81,7 +81,7 @@ def _measure(kind: str, jobs: int, reads: int) -> dict[str, Any]:
             found: dict[str, Any] = {"commit_ms": _commit_ms(folder) if kind == "sqlite" else None}
             ids: list[str] = []
             for part, count in (("create", jobs), ("read", reads), ("list", max(reads // 20, 1))):
-                cpu_before, began = sum(process.cpu_times()[:2]), time.monotonic()
+                cpu_before = sum(process.cpu_times()[:2])
                 with multiprocessing.get_context("spawn").Pool(1) as clients:  # a process of its own, as users are
                     answers, latencies_ms, spent_s, client_cpu = clients.apply(_clients, (url, part, count, ids))
                 cpu = sum(process.cpu_times()[:2]) - cpu_before
@@ -90,7 +90,7 @@ def _measure(kind: str, jobs: int, reads: int) -> dict[str, Any]:
                     "requests": len(latencies_ms),
                     "per_s": round(len(latencies_ms) / spent_s, 1),
                     **_percentiles(latencies_ms),
-                    "api_cores": round(cpu / (time.monotonic() - began), 2),
+                    "api_cores": round(cpu * count / (count + WARM_UP) / spent_s, 2),
                     "api_ms_of_cpu_per_request": round(cpu / (count + WARM_UP) * 1000, 2),
                     "client_cores": round(client_cpu / spent_s, 2),
                 }

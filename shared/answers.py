@@ -126,7 +126,8 @@ def tell_again(session: Session, project_id: str, sha256: str, retries: int) -> 
             Creation.created_at > now() - RETRIED_WITHIN_S,
             Creation.told_to < retries,
         )
-        .order_by(Creation.created_at.desc())
+        # Who tries for the nth time was told by its last try, if any of two that ask for the same was.
+        .order_by(Creation.told_to.desc(), Creation.created_at.desc())
         .limit(1)
     )
     return session.scalar(

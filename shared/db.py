@@ -79,7 +79,7 @@ def make_engine(url: str) -> Engine:
         engine = create_engine(
             url,
             pool_size=20,
-            max_overflow=30,
+            max_overflow=40,
             pool_use_lifo=True,
             connect_args={
                 "connect_timeout": 5,
@@ -91,6 +91,7 @@ def make_engine(url: str) -> Engine:
                 f"-c idle_in_transaction_session_timeout={idle_ms}ms",
             },
         )
+        event.listen(engine, "connect", _note_use)
         event.listen(engine, "checkin", _note_use)
         event.listen(engine, "checkout", partial(_probe, engine))
         return engine
@@ -99,7 +100,7 @@ def make_engine(url: str) -> Engine:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_network(folder)
     engine = create_engine(
-        url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_size=20, max_overflow=30, pool_use_lifo=True
+        url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_size=20, max_overflow=40, pool_use_lifo=True
     )
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -112,12 +113,12 @@ def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
 
 def _probe(engine: Engine, connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
     """Look whether a connection lives before it is used, unless it was a moment ago: a busy API would pay a round trip
-    more for each request. Where the server goes away within that moment, one request is told so."""
-    if time.monotonic() - record.info.get("used_at", 0.0) < PROBED_AFTER_S:
+    more for each request. Where the server goes away within that moment, those that come first are told so."""
+    if time.monotonic() - record.info["used_at"] < PROBED_AFTER_S:
         return
     try:
         engine.dialect.do_ping(connection)
-    except Exception as error:
+    except engine.dialect.loaded_dbapi.Error as error:
         raise DisconnectionError("the connection did not outlive its idleness") from error  # the pool makes another
 
 
@@ -188,7 +189,13 @@ def _reading_sessions() -> sessionmaker[Session]:
     if engine.dialect.name == "postgresql":
         # Each statement sees what is committed when it begins, as in a transaction there, but for two round trips less.
         engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-    return sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
+    sessions = sessionmaker(engine.execution_options(reading=True), expire_on_commit=False)
+    event.listen(sessions, "before_flush", _refuse_flush)
+    return sessions
+
+
+def _refuse_flush(*_: Any) -> None:
+    raise AssertionError("a session of reading() was given something to write; use transaction()")
 
 
 @contextmanager
@@ -233,7 +240,7 @@ _writer = _Writer()
 
 @contextmanager
 def reading() -> Iterator[Session]:
-    """A session for reading: on SQLite it takes no write lock."""
+    """A session for reading: on SQLite it takes no write lock, on PostgreSQL it has no transaction."""
     with _reading_sessions()() as session:
         yield session
 

@@ -2,8 +2,8 @@
 
 One look at the database serves many answers: counting who is ahead for each job that is read would cost more than the
 reading. A view grows old in proportion to what it cost, so that looking takes a fiftieth of one processor at most: a
-short queue is some milliseconds behind, one of ten thousand jobs two seconds. Jobs that this process itself puts into
-the queue or takes out of it meanwhile (`left`) are put in their place and removed.
+short queue is some milliseconds behind, one of ten thousand jobs two seconds, which is the most. What this process
+itself puts into the queue or takes out of it is told to the view (`came`, `left`).
 
 An estimate, and no promise: workers are those that run a job now, one at least, and a job that waits will take as long
 as jobs took lately.
@@ -14,17 +14,18 @@ import heapq
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from shared.db import clock, get_engine, now
+from shared.db import clock, get_engine, now, reading
 from shared.models import Job, JobStatus
 
 COST_SHARE = 1 / 50
+OLDEST_S = 2.0
 RECENT_JOBS = 20
 """Finished ones whose median duration is taken."""
 DURATION_KEPT_S = 30.0
@@ -67,12 +68,19 @@ class View:
             self._free_at = [self.at]  # jobs have been run here, and nobody is busy
         heapq.heapify(self._free_at)
 
+    def of(self, jobs: Iterable[Job]) -> dict[str, dict[str, int | None]]:
+        """What `anneal.queue` shows of those jobs that are queued, by id."""
+        with self.lock:
+            return {job.id: self._shown(job) for job in jobs if job.status == JobStatus.QUEUED}
+
     def position(self, place: Place) -> int:
-        """1 for the next to be claimed. A job that came later than the view gets its place in it."""
+        """1 for the next to be claimed; of a job that is not in the view, the position it would have."""
+        return bisect.bisect_left(self.waiting, place) + 1
+
+    def add(self, place: Place) -> None:
         index = bisect.bisect_left(self.waiting, place)
         if self.waiting[index : index + 1] != [place]:
             self.waiting.insert(index, place)
-        return index + 1
 
     def remove(self, place: Place) -> None:
         index = bisect.bisect_left(self.waiting, place)
@@ -90,6 +98,13 @@ class View:
         start = self._starts[position - 1]
         return None if start == float("inf") else start
 
+    def _shown(self, job: Job) -> dict[str, int | None]:
+        position = self.position(_place(job))
+        start = self.start_of(position)
+        if start is not None and job.not_before is not None:
+            start = max(start, job.not_before)
+        return {"position": position, "estimated_start": None if start is None else int(start)}
+
     def _finish_of(self, run: Running) -> float:
         if run.estimated_finish is not None:
             return run.estimated_finish
@@ -104,32 +119,23 @@ class QueueView:
     def __init__(self) -> None:
         self._looking = threading.Lock()
         self._view: View | None = None
-        self._leaving = threading.Lock()
-        self._left: list[Place] = []
-        """During the latest look, which may have seen them still."""
+        self._changing = threading.Lock()
+        self._changes: list[tuple[Callable[[View, Place], None], Place]] = []
+        """During the latest look, which may not have seen them."""
         self._good_until = 0.0
         self._duration_s: float | None = None
         self._duration_good_until = 0.0
 
-    def of(self, session: Session, jobs: Iterable[Job]) -> dict[str, dict[str, int | None]]:
-        """What `anneal.queue` shows of those jobs that are queued, by id. At most one query, of all that wait."""
+    def of(self, jobs: Iterable[Job]) -> dict[str, dict[str, int | None]]:
+        """What `anneal.queue` shows of those jobs that are queued, by id. Call outside of transactions."""
         queued = [job for job in jobs if job.status == JobStatus.QUEUED]
-        if not queued:
-            return {}
-        view = self._current(session)
-        with view.lock:
-            return {job.id: _shown(view, job) for job in queued}
+        return self.now().of(queued) if queued else {}
 
-    def left(self, job: Job) -> None:
-        """A job waits no longer. Call after the commit."""
-        with self._leaving:
-            if self._looking.locked():
-                self._left.append(_place(job))
-            if (view := self._view) is not None:
-                with view.lock:
-                    view.remove(_place(job))
+    def now(self) -> View:
+        """The view to use now; a look at the database, of all that wait, if the last one is too old.
 
-    def _current(self, session: Session) -> View:
+        Call outside of transactions: other writers need not wait for a look, and on SQLite it could wait for its own.
+        """
         view = self._view
         if view is not None and (time.monotonic() < self._good_until or not self._looking.acquire(blocking=False)):
             return view
@@ -137,33 +143,39 @@ class QueueView:
             self._looking.acquire()
         try:
             newer = self._view
-            return self._look(session) if newer is None or newer is view else newer
+            return self._look() if newer is None or newer is view else newer
         finally:
             self._looking.release()
 
-    def _look(self, session: Session) -> View:
+    def came(self, job: Job) -> None:
+        """A job waits that did not. Call after the commit."""
+        self._change(View.add, _place(job))
+
+    def left(self, job: Job) -> None:
+        """A job waits no longer. Call after the commit."""
+        self._change(View.remove, _place(job))
+
+    def _change(self, change: Callable[[View, Place], None], place: Place) -> None:
+        with self._changing:
+            if self._looking.locked():
+                self._changes.append((change, place))
+            if (view := self._view) is not None:
+                with view.lock:
+                    change(view, place)
+
+    def _look(self) -> View:
         began = time.monotonic()
-        self._left = []
-        if began >= self._duration_good_until:
-            self._duration_s = _recent_duration(session)
-            self._duration_good_until = began + DURATION_KEPT_S
-        columns = (Job.status, Job.priority, Job.created_at, Job.id, Job.worker, Job.started_at, Job.estimated_finish)
-        live = Job.status.in_((JobStatus.QUEUED, JobStatus.RUNNING))
-        rows = session.execute(select(now(), *columns).where(live)).all()
-        waiting, running = [], []
-        for _, status, priority, created_at, job_id, worker, started_at, finish in rows:
-            if status == JobStatus.QUEUED:
-                waiting.append((-priority, created_at, job_id))
-            else:
-                running.append(Running(worker, started_at, finish))
-        at = rows[0][0] if rows else clock(session)
-        waiting.sort()
-        view = View(at, waiting, running, self._duration_s or _duration_of(running))
-        with self._leaving:
-            for place in self._left:
-                view.remove(place)
+        self._changes = []
+        with reading() as session:
+            if began >= self._duration_good_until:
+                self._duration_s = _recent_duration(session)
+                self._duration_good_until = began + DURATION_KEPT_S
+            view = _view_of(session, self._duration_s)
+        with self._changing:
+            for change, place in self._changes:
+                change(view, place)
             self._view = view
-        self._good_until = time.monotonic() + (time.monotonic() - began) / COST_SHARE
+        self._good_until = time.monotonic() + min((time.monotonic() - began) / COST_SHARE, OLDEST_S)
         return view
 
 
@@ -179,12 +191,19 @@ def _place(job: Job) -> Place:
     return (-job.priority, job.created_at, job.id)
 
 
-def _shown(view: View, job: Job) -> dict[str, int | None]:
-    position = view.position(_place(job))
-    start = view.start_of(position)
-    if start is not None and job.not_before is not None:
-        start = max(start, job.not_before)
-    return {"position": position, "estimated_start": None if start is None else int(start)}
+def _view_of(session: Session, duration_s: float | None) -> View:
+    columns = (Job.status, Job.priority, Job.created_at, Job.id, Job.worker, Job.started_at, Job.estimated_finish)
+    live = Job.status.in_((JobStatus.QUEUED, JobStatus.RUNNING))
+    rows = session.execute(select(now(), *columns).where(live)).all()
+    waiting, running = [], []
+    for _, status, priority, created_at, job_id, worker, started_at, finish in rows:
+        if status == JobStatus.QUEUED:
+            waiting.append((-priority, created_at, job_id))
+        else:
+            running.append(Running(worker, started_at, finish))
+    at = rows[0][0] if rows else clock(session)
+    waiting.sort()
+    return View(at, waiting, running, duration_s or _duration_of(running))
 
 
 def _recent_duration(session: Session) -> float | None:

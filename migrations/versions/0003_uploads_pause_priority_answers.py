@@ -42,7 +42,7 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("priority", sa.Integer, nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("integrations", sa.JSON))
     op.drop_index("jobs_by_status", "jobs")
-    op.create_index("jobs_by_status", "jobs", ["status", sa.text("priority DESC"), "created_at", "id"])
+    op.create_index("jobs_by_status", "jobs", ["status", "priority", "created_at", "id"])
     op.create_index("jobs_by_end", "jobs", ["status", "finished_at"])
     op.create_table(
         "answers",
@@ -62,7 +62,7 @@ def upgrade() -> None:
         sa.Column("request_sha256", sa.String(64), nullable=False),
         sa.Column("body", sa.Text, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
-        sa.Column("told_to", sa.Integer, nullable=False),
+        sa.Column("told_again", sa.Boolean, nullable=False),
     )
     op.create_index("creations_by_request", "creations", ["project_id", "request_sha256", "created_at"])
     op.create_index("creations_by_age", "creations", ["created_at"])

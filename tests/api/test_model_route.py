@@ -3,12 +3,14 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 
+from api import error_handlers, model_route
 from api.model_route import READS_AT_ONCE, WRITES_AT_ONCE, ModelRoute
 
 
@@ -21,16 +23,24 @@ class Busy:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.now = self.most = 0
+        self.now = self.most = self.entered = 0
         self.leave = threading.Event()
 
     def enter(self) -> None:
         with self.lock:
             self.now += 1
+            self.entered += 1
             self.most = max(self.most, self.now)
         assert self.leave.wait(10)
         with self.lock:
             self.now -= 1
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def test_a_lock_that_holds_up_writes_holds_up_no_read(app: FastAPI, busy: tuple[
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             posts = [asyncio.create_task(client.post(f"/v1/{n}")) for n in range(WRITES_AT_ONCE + 5)]
-            await asyncio.sleep(0.2)
+            await until(lambda: writes.now == WRITES_AT_ONCE)
             reads.leave.set()
             assert (await asyncio.wait_for(client.get("/v1/7"), 5)).json() == {"number": 7}
             assert writes.now == WRITES_AT_ONCE
@@ -75,15 +85,42 @@ def test_a_lock_that_holds_up_writes_holds_up_no_read(app: FastAPI, busy: tuple[
             assert [answer.json()["number"] for answer in answers] == list(range(WRITES_AT_ONCE + 5))
             reads.leave.clear()
             gets = [asyncio.create_task(client.get(f"/v1/{n}")) for n in range(READS_AT_ONCE + 5)]
-            deadline = time.monotonic() + 5
-            while reads.now < READS_AT_ONCE and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
+            await until(lambda: reads.now == READS_AT_ONCE)
             await asyncio.sleep(0.1)
             reads.leave.set()
             await asyncio.gather(*gets)
 
     asyncio.run(drive())
     assert (reads.most, writes.most) == (READS_AT_ONCE, WRITES_AT_ONCE)
+
+
+def test_who_waits_too_long_for_a_turn_is_told_and_nothing_was_done(
+    app: FastAPI, busy: tuple[Busy, Busy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_route, "MOST_WAIT_S", 0.2)
+    error_handlers.install(app)
+    _, writes = busy
+
+    async def drive() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            posts = [asyncio.create_task(client.post(f"/v1/{n}")) for n in range(WRITES_AT_ONCE)]
+            await until(lambda: writes.now == WRITES_AT_ONCE)
+            late = await client.post("/v1/9")
+            assert late.status_code == 503 and late.headers["retry-after"] == "2"
+            assert "try again" in late.json()["error"]["message"]
+            writes.leave.set()
+            assert all(answer.status_code == 200 for answer in await asyncio.gather(*posts))
+            assert (await client.post("/v1/9")).status_code == 200
+
+    asyncio.run(drive())
+    assert writes.entered == WRITES_AT_ONCE + 1
+
+
+def test_an_option_that_would_have_no_effect_is_refused() -> None:
+    router = APIRouter(route_class=ModelRoute)
+    with pytest.raises(TypeError, match="status_code"):
+        router.post("/", status_code=201)(lambda: None)
 
 
 def test_the_schema_says_what_the_endpoint_says(app: FastAPI) -> None:

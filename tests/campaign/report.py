@@ -102,6 +102,8 @@ def _recovery(campaign: Campaign) -> dict[str, Any]:
         "limit": limit,
         "undisturbed": _spread([one.seconds for one in found if one.is_undisturbed]),
         "all": _spread([one.seconds for one in found]),
+        "left_out_because_away": dict(Counter(one.disturbed_by for one in found if one.disturbed_by)),
+        "waited_for_a_worker": _spread([one.waited_s for one in found if one.waited_s]),
         **{kind: _spread(values) for kind, values in sorted(by_kind.items())},
         "over_the_limit": [{"fault": one.fault.number, "seconds": round(one.seconds, 2)} for one in slow],
     }

@@ -200,14 +200,54 @@ def test_recovery_is_the_time_to_the_next_claim_and_knows_what_got_in_its_way(se
     assert not recoveries([GOOD], [hit, stopped], settings_of_4_s, locking={2})[0].is_undisturbed  # but for its outage
 
 
-def test_a_recovery_that_waits_for_a_worker_to_be_free_is_disturbed(settings_of_4_s: Any) -> None:
-    hit = fault(1, 7.5, "kill", "supervisor", job_id="j", fence=1)
-    long = events("Job claimed by worker b", *(1,) * 20, "The job has successfully completed")
-    other = dataclasses.replace(GOOD, id="other", events=long)
-    short = dataclasses.replace(other, events=long[:8])  # free again before the claim at 9
-    for others, undisturbed in (([other], False), ([short], True), ([], True)):
-        one = recoveries([GOOD, *others], [hit], settings_of_4_s, workers=2)[0]
-        assert one.is_undisturbed is undisturbed
+def at_times(job_id: str, *told: tuple[float, str]) -> JobRecord:
+    rows = tuple(EventRow(n, at, "message", message, {}) for n, (at, message) in enumerate(told, 1))
+    return dataclasses.replace(GOOD, id=job_id, events=rows)
+
+
+def test_the_time_in_which_no_worker_was_free_is_no_recovery(settings_of_4_s: Any) -> None:
+    """Hit at 10, noticed at 14, claimed at 40; there are two workers, and the one that was hit is back at 13."""
+    hit = fault(1, 10.0, "kill", "supervisor", job_id="j", fence=1, restart_s=1.0)
+    job = at_times(
+        "j",
+        (5, "Job claimed by worker a"),
+        (14, "Worker a fell silent; trying again later"),
+        (14.5, "whatever is told of it in the queue"),
+        (40, "Job claimed by worker b, claim 2"),
+    )
+    busy = [at_times(f"o{n}", (12, "Job claimed by worker x"), (39, "The job was cancelled")) for n in range(2)]
+    paused = [
+        at_times(f"o{n}", (12, "Job claimed by worker x"), (13.9, "Job paused at step 2"), (39, "Job resumed"))
+        for n in range(2)
+    ]
+
+    def seconds(*others: JobRecord, workers: int = 2) -> float:
+        one = recoveries([job, *others], [hit], settings_of_4_s, workers=workers)[0]
+        assert one.seconds + one.waited_s == 30 and one.is_undisturbed
+        return one.seconds
+
+    assert seconds() == 30
+    assert seconds(*busy) == 5, "4 to notice, 1 to claim"
+    assert seconds(busy[0]) == 30, "the worker that was hit is back, and idle"
+    assert seconds(*paused) == 30, "who runs a job that is paused is idle"
+    assert seconds(*busy, workers=3) == 30
+    until_20 = at_times("o", (12, "Job claimed by worker x"), (20, "The job was cancelled"))
+    assert seconds(busy[0], until_20) == 24, "free at 20"
+    older = at_times("p", (20.1, "Job claimed by worker x"), (39.5, "The job was cancelled"))
+    assert seconds(busy[0], until_20, older) == 5, "an older one had its turn"
+
+
+def test_why_a_recovery_is_left_out_is_told(settings_of_4_s: Any) -> None:
+    hit = fault(1, 7.5, job_id="j", fence=1)
+    for other, why in (
+        (fault(2, 8.0, role="sweep", restart_s=1), "sweep"),
+        (fault(2, 7.0, "stop", "trainer", hold_s=1, job_id="j", fence=1), "hit again"),
+        (fault(2, 8.0, "stop", "api", hold_s=1), None),
+    ):
+        (one,) = recoveries([GOOD], [hit, other], settings_of_4_s)
+        assert one.disturbed_by == why
+    (one,) = recoveries([GOOD], [hit], settings_of_4_s, locking={1})
+    assert one.disturbed_by == "SQLite locked"
 
 
 def test_a_slow_recovery_is_not_excused_by_what_struck_when_it_was_late_already(settings_of_4_s: Any) -> None:

@@ -12,6 +12,36 @@ DELETED_WHILE_USED = f"{MODELS}::test_a_model_stays_while_a_job_that_starts_from
 
 REQUESTS = (
     guard(
+        "reads wait apart from writes",
+        "api/model_route.py",
+        "_in_turn(endpoint, _reads if reads else _writes)",
+        "_in_turn(endpoint, _writes)",
+        pytest("tests/api/test_model_route.py::test_a_lock_that_holds_up_writes_holds_up_no_read"),
+    ),
+    guard(
+        "nobody waits for a turn for ever",
+        "api/model_route.py",
+        "            with fail_after(MOST_WAIT_S):\n",
+        "            with fail_after(60):\n",
+        pytest("tests/api/test_model_route.py::test_who_waits_too_long_for_a_turn_is_told_and_nothing_was_done"),
+    ),
+    guard(
+        "a job that leaves during a look is taken out of it",
+        "shared/queue_view.py",
+        "                change(view, place)\n            self._view = view\n",
+        "                pass\n            self._view = view\n",
+        pytest("tests/shared/test_queue_view.py::test_what_comes_and_leaves_during_a_look_is_not_lost"),
+    ),
+    guard(
+        "a try is told what its last try was",
+        "shared/answers.py",
+        "        .order_by(Creation.told_to.desc(), Creation.created_at.desc())\n",
+        "        .order_by(Creation.created_at.desc())\n",
+        pytest(
+            "tests/worker/test_expiry.py::test_who_lost_an_answer_twice_is_told_of_the_same_object_and_of_nobody_elses"
+        ),
+    ),
+    guard(
         "an upload ends once",
         "shared/uploads.py",
         "        .where(Upload.id == upload_id, Upload.status == UploadStatus.PENDING, *also)\n",
@@ -100,7 +130,7 @@ REQUESTS = (
     guard(
         "no job begins with a file that has expired",
         "shared/job_creation.py",
-        " or has_passed(session, file.expires_at)",
+        " or (file.expires_at is not None and file.expires_at <= at)",
         "",
         pytest("tests/api/test_file_expiry.py::test_an_expired_file_is_not_there_for_anybody"),
     ),

@@ -83,6 +83,22 @@ STATE = (
         contention("claimers", "postgresql", 0.3),
     ),
     guard(
+        "an idle connection is probed",
+        "shared/db.py",
+        '        event.listen(engine, "checkout", partial(_probe, engine))\n',
+        "",
+        pytest("tests/shared/test_database.py::test_a_connection_that_was_idle_is_probed_and_one_just_used_is_not"),
+    ),
+    guard(
+        "a session for reading writes nothing",
+        "shared/db.py",
+        '    event.listen(sessions, "before_flush", _refuse_flush)\n',
+        "",
+        pytest(
+            "tests/shared/test_database.py::test_reading_takes_no_transaction_on_postgresql_and_writes_nothing_anywhere"
+        ),
+    ),
+    guard(
         "SQLite's writers queue up",
         "shared/db.py",
         '                driver.execute("BEGIN IMMEDIATE")\n',

@@ -15,12 +15,15 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
 
 import migrations
 from shared import db
+from shared.models import File
 from shared.settings import Settings, get_settings
 from tests.campaign.postgres import Postgres
+from tests.rows import file_row
 
 
 def start(server: Postgres) -> "subprocess.Popen[bytes]":
@@ -55,6 +58,62 @@ def test_a_pool_survives_the_kill_and_restart_of_postgresql() -> None:
         process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_backends(url: str, *, of: str) -> None:
+    admin = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity "
+            "where datname = %s and pid != pg_backend_pid()",
+            (of,),
+        )
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_connection_that_was_idle_is_probed_and_one_just_used_is_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = db.get_engine()
+    probes: list[object] = []
+    ping = engine.dialect.do_ping
+    monkeypatch.setattr(engine.dialect, "do_ping", lambda connection: (probes.append(connection), ping(connection))[1])
+    name = make_url(settings.resolved_database_url).database
+    assert name is not None
+    for _ in range(3):
+        with db.reading() as session:
+            assert db.clock(session) > 0
+    assert probes == []
+    monkeypatch.setattr(db, "PROBED_AFTER_S", 0.0)
+    end_backends(settings.resolved_database_url, of=name)
+    with db.transaction() as session:  # notices, and gets another
+        assert db.clock(session) > 0
+    assert probes
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_connection_that_dies_right_after_login_is_an_outage_like_any_other(settings: Settings) -> None:
+    url = settings.resolved_database_url
+    engine = db.make_engine(url)
+    event.listen(engine, "connect", lambda *_: end_backends(url, of=make_url(url).database or ""))
+    with pytest.raises(db.UNAVAILABLE), engine.connect() as connection:
+        connection.execute(text("select 1"))
+    engine.dispose()
+
+
+def test_reading_takes_no_transaction_on_postgresql_and_writes_nothing_anywhere(settings: Settings) -> None:
+    with db.reading() as session:
+        assert db.clock(session) > 0
+        if settings.resolved_database_url.startswith("postgresql"):
+            state = text("select state from pg_stat_activity where pid = :pid")
+            backend = session.scalar(text("select pg_backend_pid()"))
+            with db.transaction() as other:
+                assert other.scalar(state, {"pid": backend}) == "idle"
+    with pytest.raises(AssertionError, match="use transaction"), db.reading() as session:
+        file_row(session, "file-1")
+        session.flush()
+    with db.reading() as session:
+        assert session.get(File, "file-1") is None
 
 
 def test_a_client_that_stands_still_inside_a_transaction_loses_its_locks(

@@ -1,5 +1,6 @@
 """Who is claimed next, and what those who wait are told about it. Arithmetic by hand, claims by the real queue."""
 
+import time
 from typing import Any
 
 import pytest
@@ -15,9 +16,13 @@ from tests.shared.test_jobs import add_file, add_job
 NOW = 1000.0
 
 
-def shown(view: QueueView, *job_ids: str) -> list[Any]:
+def row(job_id: str) -> Job:
     with reading() as session:
-        queue = view.of(session, [session.get_one(Job, job_id) for job_id in job_ids])
+        return session.get_one(Job, job_id)
+
+
+def shown(view: QueueView, *job_ids: str) -> list[Any]:
+    queue = view.of([row(job_id) for job_id in job_ids])
     return [queue.get(job_id) for job_id in job_ids]
 
 
@@ -95,45 +100,60 @@ def test_a_hundred_jobs_cost_one_query_and_the_next_hundred_none() -> None:
     view = QueueView()
     shown(view, ids[0])  # what recent jobs took is asked once in a while
     view._good_until = 0.0
-    with reading() as session:
-        rows = [session.get_one(Job, job_id) for job_id in ids]
-        statements: list[str] = []
-        event.listen(get_engine(), "before_cursor_execute", lambda *a: statements.append(a[2]))
-        assert [view.of(session, rows)[job_id]["position"] for job_id in ids][:3] == [1, 2, 3]
-        assert len(statements) <= 100 / 5, "each look costs one, and serves as long as it may"
-        view._good_until = float("inf")
-        statements.clear()
-        queue = view.of(session, rows)
-        assert [queue[job_id]["position"] for job_id in ids] == list(range(1, 101))
-        assert statements == []
+    rows = [row(job_id) for job_id in ids]
+    statements: list[str] = []
+    event.listen(get_engine(), "before_cursor_execute", lambda *a: statements.append(a[2]))
+    assert [view.of(rows)[job_id]["position"] for job_id in ids][:3] == [1, 2, 3]
+    looks = [sql for sql in statements if sql.startswith("SELECT")]
+    assert len(looks) <= 100 / 5, "each look costs one, and serves as long as it may"
+    view._good_until = float("inf")
+    statements.clear()
+    queue = view.of(rows)
+    assert [queue[job_id]["position"] for job_id in ids] == list(range(1, 101))
+    assert statements == []
 
 
 @pytest.mark.usefixtures("settings")
-def test_a_job_younger_than_the_view_gets_its_place_and_one_that_left_has_none() -> None:
+def test_a_view_is_never_old_whatever_the_look_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = QueueView()
+    add_job(add_file())
+    look = queue_view._view_of
+    monkeypatch.setattr(queue_view, "_view_of", lambda *asked: (time.sleep(0.2), look(*asked))[1])
+    view.now()
+    assert view._good_until <= time.monotonic() + queue_view.OLDEST_S < time.monotonic() + 0.2 / queue_view.COST_SHARE
+
+
+@pytest.mark.usefixtures("settings")
+def test_what_comes_and_leaves_here_changes_the_view_and_what_is_only_shown_does_not() -> None:
     file_id = add_file()
     view = QueueView()
     ahead, behind = add_job(file_id), add_job(file_id)
     assert [place["position"] for place in shown(view, ahead, behind)] == [1, 2]
     view._good_until = float("inf")
     urgent = add_job(file_id, training={"priority": 1})
+    assert [place["position"] for place in shown(view, urgent, ahead, behind)] == [1, 1, 2], "of another process"
+    view.came(row(urgent))
     assert [place["position"] for place in shown(view, urgent, ahead, behind)] == [1, 2, 3]
+    before = row(ahead)
     with transaction() as session:
         cancelled = jobs.request_cancel(session, "default", ahead)
     view.left(cancelled)
+    assert view.of([before])[ahead]["position"] == 2, "read before the cancel, shown after it"
     assert [place and place["position"] for place in shown(view, urgent, ahead, behind)] == [1, None, 2]
 
 
 @pytest.mark.usefixtures("settings")
-def test_a_job_that_leaves_during_a_look_is_not_shown_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_and_leaves_during_a_look_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     file_id = add_file()
     leaves, stays = add_job(file_id), add_job(file_id)
     view = QueueView()
-    with reading() as session:
-        job = session.get_one(Job, leaves)
+    comes = row(leaves)
 
-    def meanwhile(running: Any) -> None:  # the look has seen both
-        view.left(job)
+    def meanwhile(running: Any) -> None:  # the look has its rows
+        view.left(comes)
+        comes.priority = 7
+        view.came(comes)
 
     monkeypatch.setattr(queue_view, "_duration_of", meanwhile)
-    (place,) = shown(view, stays)
-    assert place["position"] == 1
+    assert [place["position"] for place in shown(view, stays)] == [2]
+    assert len(view.now().waiting) == 2

@@ -196,6 +196,24 @@ def test_a_look_for_what_is_old_reads_no_table_from_end_to_end(settings: Setting
     assert not [line for line in plan if "Seq Scan" in line or "SCAN answers" in line or "SCAN creations" in line], plan
 
 
+@pytest.mark.usefixtures("settings")
+def test_who_lost_an_answer_twice_is_told_of_the_same_object_and_of_nobody_elses() -> None:
+    def created(object_id: str) -> None:
+        with transaction() as session:
+            answers.remember_creation(session, "default", "0", object_id, object_id)
+        time.sleep(0.01)  # SQLite's clock counts milliseconds
+
+    def told(retries: int) -> str | None:
+        with transaction() as session:
+            return answers.tell_again(session, "default", "0", retries)
+
+    created("A")
+    assert told(1) == "A"
+    created("C")
+    assert (told(2), told(1)) == ("A", "C")
+    assert (told(2), told(3), told(1)) == ("C", "C", None)
+
+
 def test_what_is_gone_before_its_client_was_answered_is_told_to_nobody(settings: Settings) -> None:
     """A process that stood still for so long before its commit that the bytes were collected as garbage."""
     asked = answers.Request("default", "POST /v1/files", "key", "0")
