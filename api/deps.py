@@ -43,9 +43,9 @@ def check_key(settings: Settings, authorization: str) -> None:
         raise Unauthorized("the API key is not valid here; use the value of ANNEAL_API_KEY")
 
 
-async def _identify(request: Request, settings: SettingsDep) -> Identity:
+async def _identify(request: Request) -> Identity:
     """The project behind the bearer token, which `api.envelope.Envelope` has checked before the body was read."""
-    check_key(settings, request.headers.get("authorization", ""))
+    check_key(request.app.state.settings, request.headers.get("authorization", ""))
     return Identity(DEFAULT_PROJECT)
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from anyio import CapacityLimiter, fail_after, to_thread
+from anyio import CapacityLimiter, WouldBlock, fail_after, to_thread
 from anyio.lowlevel import RunVar
 from fastapi import Response
 from fastapi.routing import APIRoute
@@ -64,6 +64,16 @@ class _Turns:
             self._limiters.set((turns, threads))
         me = object()
         try:
+            turns.acquire_on_behalf_of_nowait(me)
+        except WouldBlock:
+            await self._wait(turns, me)
+        try:
+            return await to_thread.run_sync(work, limiter=threads)  # a thread is free: it has its turn
+        finally:
+            turns.release_on_behalf_of(me)
+
+    async def _wait(self, turns: CapacityLimiter, me: object) -> None:
+        try:
             with fail_after(MOST_WAIT_S):
                 await turns.acquire_on_behalf_of(me)
         except TimeoutError:
@@ -71,10 +81,6 @@ class _Turns:
                 f"the database has kept {self._at_once} other requests waiting for {MOST_WAIT_S:.0f} s; try again",
                 retry_after_s=2,
             ) from None
-        try:
-            return await to_thread.run_sync(work, limiter=threads)  # a thread is free: it has its turn
-        finally:
-            turns.release_on_behalf_of(me)
 
 
 _reads = _Turns("reads", READS_AT_ONCE)

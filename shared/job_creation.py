@@ -1,6 +1,6 @@
 """Making a job: every id in it is the project's, every file can be trained on, and none of them goes away meanwhile."""
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from shared import events, model_registry
@@ -11,6 +11,8 @@ from shared.models import File, FileStatus, Job, JobStatus
 from shared.schemas import JobCreate
 
 DEFAULT_SEED = 3407
+_FILE_AND_TIME = select(File, now()).where(File.id == bindparam("id")).with_for_update(read=True, of=File)
+"""Made once: making it takes half as long as running it."""
 
 
 def submit(session: Session, project_id: str, request: JobCreate) -> Job:
@@ -57,8 +59,7 @@ def submit(session: Session, project_id: str, request: JobCreate) -> Job:
 def _usable_file(session: Session, project_id: str, file_id: str, param: str) -> tuple[File, float]:
     """The file, and the time by the database's clock."""
     # Shared lock: who settles or deletes the file waits for this job to be there, or this job sees what they did.
-    wanted = select(File, now()).where(File.id == file_id).with_for_update(read=True, of=File)
-    file, at = session.execute(wanted).one_or_none() or (None, 0.0)
+    file, at = session.execute(_FILE_AND_TIME, {"id": file_id}).one_or_none() or (None, 0.0)
     if file is None or file.project_id != project_id or (file.expires_at is not None and file.expires_at <= at):
         raise NotFound(f"there is no file {file_id!r}; upload it first (GET /v1/files lists yours)", param=param)
     if file.purpose != "fine-tune":
