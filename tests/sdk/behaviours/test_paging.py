@@ -12,7 +12,7 @@ from shared.models import DEFAULT_PROJECT
 from shared.schemas import JobCreate
 from shared.settings import get_settings
 from tests.integration.test_up import Up
-from tests.sdk.behaviours.conftest import openai
+from tests.sdk.behaviours.conftest import SETTINGS, openai
 from tests.sdk.data import SHORT, TINY
 
 JOBS = 5000
@@ -22,8 +22,9 @@ MORE = 100
 @pytest.fixture
 def thousands(service: Up, training_file: object, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Jobs as the API stores them, without a request for each."""
-    monkeypatch.setenv("ANNEAL_DATA", str(service.data))
-    monkeypatch.setenv("ANNEAL_MODELS_DIR", str(service.data.parent / "models"))
+    places = {"ANNEAL_DATA": str(service.data), "ANNEAL_MODELS_DIR": str(service.data.parent / "models")}
+    for name, value in (SETTINGS | places).items():
+        monkeypatch.setenv(name, value)
     get_settings.cache_clear()
     db.reset()
     body = {"model": TINY, "training_file": training_file.id, "training": SHORT}  # type: ignore[attr-defined]
