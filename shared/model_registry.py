@@ -9,13 +9,15 @@ A name may not end like an action on a model (`…/exports`): its URL would be t
 one, and a folder of that name is passed over.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from shared.errors import ModelNotFound
-from shared.models import Job, Model
+from shared.models import Base, Job, Model
 from shared.settings import MODEL_ACTIONS, Settings, get_settings
 
 BASE_LOCATION = "base:"
@@ -85,12 +87,13 @@ def unknown(name: str) -> ModelNotFound:
     )
 
 
-def list_models(session: Session, project_id: str) -> list[NamedModel]:
-    """Base models first, then the project's own, newest first."""
-    rows = session.scalars(
-        select(Model).where(Model.project_id == project_id).order_by(Model.created_at.desc(), Model.id.desc())
-    )
-    return base_models(get_settings()) + [_named(row) for row in rows]
+def list_models(session: Session, project_id: str) -> Iterator[NamedModel]:
+    """Base models first, then the project's own, newest first; one by one, for there may be thousands."""
+    yield from base_models(get_settings())
+    table = Base.metadata.tables[Model.__tablename__]
+    mine = select(table).where(table.c.project_id == project_id)
+    for row in session.execute(mine.order_by(table.c.created_at.desc(), table.c.id.desc())):
+        yield _named(row)
 
 
 def root_base(session: Session, job: Job) -> str:
@@ -111,7 +114,7 @@ def checkpoint_name(tuned: str, step: int) -> str:
     return f"{tuned}:ckpt-step-{step}"
 
 
-def _named(row: Model) -> NamedModel:
+def _named(row: Model | Row[Any]) -> NamedModel:
     return NamedModel(
         id=row.id,
         location=row.location,
