@@ -26,7 +26,8 @@ VERSION = "0.1.0"
 BEARER = "bearer"
 
 DESCRIPTION = """\
-A self-hosted, OpenAI-compatible fine-tuning service. Scripts written for OpenAI's API need another `base_url` only.
+A self-hosted, OpenAI-compatible fine-tuning service. Scripts written for OpenAI's API need another `base_url`, and the
+name of a model that is here.
 
 * Whatever is beyond OpenAI's API is under the one key `anneal` in answers, and in `training` when a job is created.
 * Every answer has the headers `x-request-id` and `openai-processing-ms`; an `x-client-request-id` that comes is logged.
