@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from shared.db import clock, now
 from shared.errors import Conflict
-from shared.models import Answer, Base, Creation
+from shared.models import Answer, Creation, table_of
 
 KEPT_S = 24 * 3600
 RETRIED_WITHIN_S = 60
@@ -24,7 +24,7 @@ REMOVED_AFTER_S = 3600
 """Of creations. Later than they count, so that a retry that is being answered finds its row."""
 
 
-_REMEMBER = insert(Base.metadata.tables[Creation.__tablename__]).values(created_at=now())
+_REMEMBER = insert(table_of(Creation)).values(created_at=now())
 """Made once: making it takes longer than running it."""
 
 

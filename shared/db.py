@@ -30,6 +30,8 @@ from shared.settings import get_settings
 
 SQLITE_SAFE_WAL = (3, 51, 3)
 """SQLite before this can corrupt a database when a write-ahead log is reset; older ones get a rollback journal."""
+POOL: dict[str, Any] = {"pool_size": 20, "max_overflow": 40, "pool_use_lifo": True}
+"""More than an API process has threads that may want one at once."""
 PROBED_AFTER_S = 1.0
 SQLITE_BUSY_TIMEOUT_S = 20
 SQLITE_LOOK_EVERY_S = 0.002
@@ -78,9 +80,7 @@ def make_engine(url: str) -> Engine:
         idle_ms = max(1000, round(get_settings().lease_s * 1000 / 4))
         engine = create_engine(
             url,
-            pool_size=20,
-            max_overflow=40,
-            pool_use_lifo=True,
+            **POOL,
             connect_args={
                 "connect_timeout": 5,
                 "keepalives_idle": 10,
@@ -99,9 +99,7 @@ def make_engine(url: str) -> Engine:
         folder = Path(parsed.database).absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_network(folder)
-    engine = create_engine(
-        url, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S}, pool_size=20, max_overflow=40, pool_use_lifo=True
-    )
+    engine = create_engine(url, **POOL, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

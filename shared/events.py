@@ -17,14 +17,14 @@ from sqlalchemy.orm import Session
 
 from shared.db import clock
 from shared.ids import new_id
-from shared.models import Base, Event, Job
+from shared.models import Event, Job, table_of
 from shared.text import storable
 
 STREAM_LENGTH = 1000
 STREAM_TTL_S = 3600
 RETRY_AFTER_S = 5.0
 
-_JOBS, _EVENTS = (Base.metadata.tables[model.__tablename__] for model in (Job, Event))
+_JOBS, _EVENTS = table_of(Job), table_of(Event)
 
 
 def stream_key(job_id: str) -> str:

@@ -17,7 +17,7 @@ from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from shared.errors import ModelNotFound
-from shared.models import Base, Job, Model
+from shared.models import Job, Model, table_of
 from shared.settings import MODEL_ACTIONS, Settings, get_settings
 
 BASE_LOCATION = "base:"
@@ -90,7 +90,7 @@ def unknown(name: str) -> ModelNotFound:
 def list_models(session: Session, project_id: str) -> Iterator[NamedModel]:
     """Base models first, then the project's own, newest first; one by one, for there may be thousands."""
     yield from base_models(get_settings())
-    table = Base.metadata.tables[Model.__tablename__]
+    table = table_of(Model)
     mine = select(table).where(table.c.project_id == project_id)
     for row in session.execute(mine.order_by(table.c.created_at.desc(), table.c.id.desc())):
         yield _named(row)

@@ -6,7 +6,7 @@ Times are seconds since 1970 by the database's clock, as doubles. Every row belo
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint, desc
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint, desc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 DEFAULT_PROJECT = "default"
@@ -51,6 +51,11 @@ LIVE = tuple(status for status in JobStatus if status not in TERMINAL)
 
 class Base(DeclarativeBase):
     type_annotation_map = {dict[str, Any]: JSON(none_as_null=True), list[str]: JSON, float: Float(53), int: BigInteger}  # noqa: RUF012
+
+
+def table_of(model: type[Base]) -> Table:
+    """For statements without the ORM."""
+    return Base.metadata.tables[model.__tablename__]
 
 
 class File(Base):

@@ -81,6 +81,7 @@ def _clients(campaign: Campaign) -> dict[str, Any]:
     return {
         "jobs_sent": dict(Counter(submitted.plan.retry for submitted in told.submitted)),
         "jobs_created_twice": dict(Counter(campaign.plans[number].retry for number in twice)),
+        "pauses_planned": sum(one.plan.pause_after_s is not None for one in told.submitted),
         "pauses_answered": dict(Counter(one.pause_answer for one in told.submitted if one.pause_answer)),
         "pauses": sum(message.startswith("Job paused") for message in events),
         "resumes": sum(message.startswith("Job resumed") for message in events),
