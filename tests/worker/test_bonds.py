@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 from sqlalchemy import update
+from sqlalchemy.engine import make_url
 
 from shared.db import now, reset, transaction
 from shared.models import Job
 from shared.settings import Settings
 from shared.training_spec import TrainerSpec
+from tests.campaign.sqlite_locks import SqliteLocks
 from tests.campaign.toy_trainer import COMMAND
 from tests.worker.steps import after_grace, claim, job_of, messages, wait_for
 from worker import lifecycle, supervisor
@@ -164,6 +166,19 @@ def test_a_trainer_that_was_stopped_is_killed_and_its_job_goes_on(
     assert job.status == "succeeded", job.error
 
 
+def stop_between_transactions(process: int, settings: Settings) -> None:
+    """SIGSTOP, but not while it holds SQLite's lock: that would stop everybody else, and is no part of these tests."""
+    path = make_url(settings.resolved_database_url).database
+    locks = SqliteLocks(Path(path)) if settings.resolved_database_url.startswith("sqlite") and path else None
+    while True:
+        os.kill(process, signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
+        if locks is None or process not in locks.holders():
+            return
+        os.kill(process, signal.SIGCONT)
+        time.sleep(0.01)
+
+
 def test_a_supervisor_stopped_past_its_lease_commits_nothing_and_its_successor_finishes(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
@@ -175,7 +190,7 @@ def test_a_supervisor_stopped_past_its_lease_commits_nothing_and_its_successor_f
         os._exit(0)
     try:
         wait_for(lambda: (job_of(job_id).current_step or 0) >= 6)
-        os.kill(child, signal.SIGSTOP)
+        stop_between_transactions(child, settings)
         after_grace(settings)
         with transaction() as session:
             session.execute(update(Job).where(Job.id == job_id).values(lease_until=now() - 1))
