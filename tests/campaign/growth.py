@@ -65,7 +65,7 @@ class Sampler:
     def take(self) -> Sample:
         data = self._service.settings.data
         disk = {
-            "database": sum(path.stat().st_size for path in data.glob("anneal.db*"))
+            "database": sum(_size(str(path)) for path in data.glob("anneal.db*"))
             or folder_bytes(data.parent / "postgres"),
             "storage": folder_bytes(self._service.settings.storage_root),
             "run": folder_bytes(self._service.settings.run_dir),
@@ -104,12 +104,14 @@ def _look(pid: int) -> ProcessSample | None:
 
 
 def folder_bytes(folder: Path) -> int:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(f"{root}/{name}").st_size
-    return total
+    return sum(_size(f"{root}/{name}") for root, _, names in os.walk(folder) for name in names)
+
+
+def _size(path: str) -> int:
+    """Of a file that may go at any moment, as SQLite's journal does."""
+    with contextlib.suppress(OSError):
+        return os.lstat(path).st_size
+    return 0
 
 
 def judge(samples: Sequence[Sample]) -> list[dict[str, Any]]:
