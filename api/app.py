@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from api import chat, docs, error_handlers, files, fine_tuning, health, job_events, models, uploads
+from api import batches, chat, docs, error_handlers, files, fine_tuning, generation, health, job_events, models, uploads
 from api.envelope import Envelope
 from shared.queue import Outbox, make_celery
 from shared.redis_client import connect_async
@@ -21,7 +21,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.outbox = Outbox(make_celery(settings))
         app.state.redis = connect_async(settings)
         app.state.streams = job_events.Streams(connect_async(settings, max_connections=job_events.MAX_STREAMS))
-        async with chat.lifespan(app, settings):
+        async with generation.lifespan(app, settings):
             yield
         app.state.outbox.close()
         await app.state.streams.client.aclose()
@@ -29,8 +29,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = docs.application(lifespan)
     app.state.settings = settings
-    for router in (files.router, uploads.router, fine_tuning.router, job_events.router, models.router, chat.router):
-        app.include_router(router, prefix="/v1")
+    for part in (files, uploads, fine_tuning, job_events, batches, models, chat):
+        app.include_router(part.router, prefix="/v1")
     app.include_router(health.router)
     error_handlers.install(app)
     app.add_middleware(Envelope, settings=settings)

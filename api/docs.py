@@ -42,6 +42,7 @@ TAGS = {
     "files": "Training data, other input, and results.",
     "uploads": "Files that come in parts, for those too large for one request.",
     "fine-tuning": "Jobs, what happens to them, their checkpoints and curves.",
+    "batches": "Files of requests that are answered when there is time, within a day.",
     "models": "Base models of the operator, tuned models and checkpoints. An id's slashes may be encoded or not.",
     "chat": "Answers by any of the models.",
     "health": "For orchestrators; needs no key.",

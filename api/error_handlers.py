@@ -28,12 +28,11 @@ from starlette.routing import compile_path
 from api.idempotency import REPLAYED, Once, Replay
 from shared.db import UNAVAILABLE
 from shared.errors import AppError, BadRequest, NotFound, Unavailable
+from shared.invalid_request import invalid_request
 from shared.storage import StorageFull
 
 log = logging.getLogger(__name__)
 
-UNION_BRANCHES = frozenset({"int", "float", "str", "bool", "list"})
-UNION_PREFIXES = ("constrained-", "literal[", "function-", "list[")
 NO_TABLES = ("no such table", "no such column", "UndefinedTable", "UndefinedColumn")
 """SQLite's words, which has no error of its own for it, and the names of PostgreSQL's errors."""
 DATABASE_RETRY_S = 2
@@ -107,29 +106,6 @@ def _wrong_content_type(request: Request, problems: Any) -> BadRequest | None:
         return None
     came = f"came as {sent[:100]!r}" if sent else "came without a content type"
     return BadRequest(f"the body {came}; send it as Content-Type: {wanted}", code="unsupported_content_type")
-
-
-def invalid_request(problems: Any) -> BadRequest:
-    """The first of pydantic's problems as a BadRequest that names the field and the value."""
-    problem = problems[0]
-    if problem["type"] == "json_invalid":
-        return BadRequest(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-    # Pydantic adds the branch of a union it tried; the user knows fields only.
-    path = [str(part) for part in problem["loc"] if part not in ("body", "query", "header", "path")]
-    known = [part for part in path if part not in UNION_BRANCHES and not part.startswith(UNION_PREFIXES)]
-    param = ".".join(known) or None
-    name = param or "the body"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return BadRequest(
-            f"unknown key {name!r}; remove it or check its spelling", param=param, code="unknown_parameter"
-        )
-    if problem["type"] == "missing":
-        return BadRequest(f"{name} is required", param=param, code="missing_required_parameter")
-    if problem["type"] == "value_error":
-        return BadRequest(f"{param}: {message}" if param else message, param=param, code="invalid_value")
-    value = repr(problem.get("input"))
-    return BadRequest(f"{name}={value[:200]} is not valid: {message}", param=param, code="invalid_value")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -114,6 +114,52 @@ COMPLETION: dict[str, Any] = {
     ],
     "usage": {"prompt_tokens": 21, "completion_tokens": 7, "total_tokens": 28},
 }
+TEXT_COMPLETION: dict[str, Any] = {
+    "id": "cmpl-P4oIuYtReWqLkJhGfDsAmNbV",
+    "object": "text_completion",
+    "created": CREATED + 1000,
+    "model": TUNED,
+    "choices": [{"index": 0, "text": " Paris.", "logprobs": None, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 6, "completion_tokens": 3, "total_tokens": 9},
+}
+BATCH: dict[str, Any] = {
+    "id": "batch_H5tRfVbGnY6uJmKiLoP0zXcA",
+    "object": "batch",
+    "endpoint": "/v1/chat/completions",
+    "model": None,
+    "errors": None,
+    "input_file_id": FILE_ID,
+    "completion_window": "24h",
+    "status": "validating",
+    "output_file_id": None,
+    "error_file_id": None,
+    "created_at": CREATED,
+    "in_progress_at": None,
+    "expires_at": CREATED + 86400,
+    "finalizing_at": None,
+    "completed_at": None,
+    "failed_at": None,
+    "expired_at": None,
+    "cancelling_at": None,
+    "cancelled_at": None,
+    "request_counts": {"total": 0, "completed": 0, "failed": 0},
+    "usage": {
+        "input_tokens": 0,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 0,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 0,
+    },
+    "metadata": {"team": "support"},
+}
+RUNNING_BATCH = {
+    **BATCH,
+    "status": "in_progress",
+    "model": TUNED,
+    "in_progress_at": CREATED + 2,
+    "request_counts": {"total": 250, "completed": 41, "failed": 0},
+    "usage": {**BATCH["usage"], "input_tokens": 861, "output_tokens": 287, "total_tokens": 1148},
+}
 
 
 def _page(*items: dict[str, Any]) -> dict[str, Any]:
@@ -169,12 +215,28 @@ EXAMPLES: dict[str, tuple[Any, Any]] = {
         {"object": "list", "data": [{"step": 1, "loss": 2.31}, {"step": 2, "loss": 2.18}], "has_more": False},
     ),
     "list_events": (None, _page(EVENT)),
+    "create_batch": (
+        {
+            "input_file_id": FILE_ID,
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "metadata": {"team": "support"},
+        },
+        BATCH,
+    ),
+    "list_batches": (None, _page(RUNNING_BATCH)),
+    "retrieve_batch": (None, RUNNING_BATCH),
+    "cancel_batch": (None, {**RUNNING_BATCH, "status": "cancelling", "cancelling_at": CREATED + 60}),
     "list_models": (None, {"object": "list", "data": [BASE_MODEL, TUNED_MODEL]}),
     "retrieve_model": (None, TUNED_MODEL),
     "delete_model": (None, {"id": TUNED, "object": "model", "deleted": True}),
     "create_chat_completion": (
         {"model": TUNED, "messages": [{"role": "user", "content": "Where do I change my password?"}]},
         COMPLETION,
+    ),
+    "create_completion": (
+        {"model": TUNED, "prompt": "The capital of France is", "max_tokens": 3, "temperature": 0},
+        TEXT_COMPLETION,
     ),
     "live": (None, {"status": "ok"}),
     "ready": (None, {"status": "ok", "checks": {"database": "ok", "redis": "ok"}}),

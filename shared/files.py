@@ -7,7 +7,7 @@ The transaction that settles a file moves the jobs that wait for it on. An inval
 line number and leaves no row.
 
 From `expires_at` on, by the database's clock, nobody sees a file any more, and no new job may use it. The sweep removes
-the row, and then the bytes, once no live job needs it: what runs keeps its data.
+the row, and then the bytes, once no live job or batch needs it: what runs keeps its data.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,11 +22,12 @@ from sqlalchemy.orm import Session
 from shared import answers, storage, training_data, waiting
 from shared.db import UNAVAILABLE, clock, has_passed, now, reading, transaction
 from shared.errors import Conflict, NotFound, Unavailable
-from shared.models import LIVE, File, FileStatus, Job, UploadPart
+from shared.models import BATCH_LIVE, LIVE, Batch, File, FileStatus, Job, UploadPart
 from shared.settings import Settings
 
 UPLOAD_PURPOSES = ("fine-tune", "batch", "evals", "user_data")
 RESULTS_PURPOSE = "fine-tune-results"
+BATCH_OUTPUT_PURPOSE = "batch_output"
 MIN_EXPIRY_S = 3600
 MAX_EXPIRY_S = 30 * 24 * 3600
 BATCH_EXPIRY_S = MAX_EXPIRY_S
@@ -119,10 +120,10 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
     """Remove the row; the caller removes the bytes after the commit.
 
     Raises:
-        Conflict: a job that has not ended needs it.
+        Conflict: a job or a batch that has not ended needs it.
     """
     get(session, project_id, file_id)
-    # A job being created with it holds a shared lock.
+    # A job or batch being created with it holds a shared lock.
     row = session.get(File, file_id, with_for_update=True)
     if row is None:
         raise _unknown(file_id)  # another deletion, or the sweep, was faster
@@ -137,6 +138,11 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
     )
     if user is not None:
         raise Conflict(f"file {file_id} is needed by job {user}, which has not ended; cancel the job first")
+    batch = session.scalar(
+        select(Batch.id).where(Batch.input_file_id == file_id, Batch.status.in_(BATCH_LIVE)).limit(1)
+    )
+    if batch is not None:
+        raise Conflict(f"file {file_id} is needed by batch {batch}, which has not ended; cancel the batch first")
     session.delete(row)
 
 
@@ -147,7 +153,7 @@ def find_expired(session: Session, limit: int) -> list[str]:
 
 
 def remove_expired(session: Session, file_ids: Collection[str]) -> list[str]:
-    """Remove the rows of those that have expired and that no live job needs; the caller removes the bytes after the
+    """Remove the rows of those that have expired and that nothing live needs; the caller removes the bytes after the
     commit. Returns their ids. Files that another sweep is about to remove are left to it."""
     # Locked first, and looked at in a second statement: a job that is being created holds a shared lock on its files,
     # and only a statement that begins after its commit sees it.
@@ -158,11 +164,12 @@ def remove_expired(session: Session, file_ids: Collection[str]) -> list[str]:
 
 def _removable(at: float) -> tuple[ColumnElement[bool], ...]:
     """At an instant, and not `now()`: PostgreSQL uses no index for a comparison with a clock that goes on."""
-    of_live_jobs: CompoundSelect[tuple[str | None]] = union(
+    needed: CompoundSelect[tuple[str | None]] = union(
         select(Job.training_file).where(Job.status.in_(LIVE)),
         select(Job.validation_file).where(Job.status.in_(LIVE), Job.validation_file.is_not(None)),
+        select(Batch.input_file_id).where(Batch.status.in_(BATCH_LIVE)),
     )
-    return File.expires_at <= at, File.id.not_in(of_live_jobs)
+    return File.expires_at <= at, File.id.not_in(needed)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The protocol between API processes and generators: generation is pulled, through Redis Streams, as JSON.
 
     API                                   Redis                                   generator
-    submit ───────────── XADD ──▶ requests (one, bounded) ──── XREADGROUP, as many as it has free slots
-      ▲                                                                              │ taken, text*, end | error
+    submit ───── XADD ──▶ requests, batch_requests (bounded) ── XREADGROUP, as many as it has free slots
+      ▲                                                                              │ taken, delta*, end | error
       └─ one reader ◀── XREAD ─── replies:<api> (one an API process) ◀── XADD ───────┘
     cancel ─ SET cancelled:<id>, XADD ──▶ cancels ──────────── XREAD ──▶ slot free before the next token
 
@@ -20,6 +20,7 @@ Who notices what:
 All ages are measured by Redis's clock: hosts may disagree about the time.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -36,10 +37,17 @@ from shared.errors import (
     Unavailable,
 )
 
+Endpoint = Literal["chat", "completion"]
+"""Which of OpenAI's two shapes a request has, and its answer."""
+Kind = Literal["live", "batch"]
+"""Whether somebody waits for the answer now; a batch's requests give way to those."""
+
 PREFIX = "anneal:generation:"
-REQUESTS = f"{PREFIX}requests"
+REQUESTS: dict[Kind, str] = {"live": f"{PREFIX}requests", "batch": f"{PREFIX}batch_requests"}
 GENERATORS = f"{PREFIX}generators"
 CANCELS = f"{PREFIX}cancels"
+WARM_UPS = f"{PREFIX}warm_ups"
+"""A list of `Model`: those whose jobs have just succeeded. One generator takes each."""
 GROUP = "generators"
 
 BEAT_S = 1.0
@@ -53,6 +61,8 @@ KEY_TTL_S = 60
 MAX_REPLIES = 20_000
 """Entries of a reply stream; its reader trims what it has read."""
 MAX_CANCELS = 10_000
+MAX_WARM_UPS = 4
+"""More have succeeded at once than anybody will ask for next; the newest count."""
 
 
 def replies_key(api_id: str) -> str:
@@ -74,11 +84,11 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Message(_Wire):
-    """One turn of a conversation."""
+class Model(_Wire):
+    """A model to load before anybody asks for it."""
 
-    role: str
-    content: str
+    name: str
+    location: str
 
 
 class GenerationRequest(_Wire):
@@ -91,16 +101,47 @@ class GenerationRequest(_Wire):
     """The name the client used, for messages."""
     location: str
     """`base:<hub id>`, or a folder relative to storage."""
-    messages: list[Message]
-    max_tokens: int | None
-    """None: up to the end of the model's context."""
-    temperature: float
-    top_p: float
-    seed: int | None
-    """None: the generator draws one."""
-    stop: list[str]
+    endpoint: Endpoint
+    body: dict[str, Any]
+    """OpenAI's request as `shared.chat_schema` or `shared.completion_schema` has checked it, with only what asks for
+    something: `temperature`, `top_p` and `n` always, `stop` as a list, the limit as `max_tokens`, one `prompt` (text or
+    token ids); nothing about the model, streaming or the user."""
+    kind: Kind = "live"
     deadline_s: float
     """Seconds after submission at which nobody waits any more."""
+
+
+class Choice(_Wire):
+    """The next piece of one of the `n` answers to a request."""
+
+    index: int = 0
+    text: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    """OpenAI's deltas: those of one `index` add up."""
+    logprobs: list[dict[str, Any]] | None = None
+    """One entry a token, as chat has them: token, logprob, bytes, top_logprobs. The first token of a prompt that is
+    echoed has the logprob null."""
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+
+
+def joined(choices: Iterable[Choice]) -> list[Choice]:
+    """The same pieces, those of one index made into one."""
+    by_index: dict[int, list[Choice]] = {}
+    for choice in choices:
+        by_index.setdefault(choice.index, []).append(choice)
+    return [pieces[0] if len(pieces) == 1 else _join(pieces) for pieces in by_index.values()]
+
+
+def _join(pieces: list[Choice]) -> Choice:
+    logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+    tool_calls = [call for piece in pieces for call in piece.tool_calls or ()]
+    return Choice(
+        index=pieces[0].index,
+        text="".join(piece.text for piece in pieces),
+        tool_calls=tool_calls or None,
+        logprobs=logprobs or None,
+        finish_reason=next((piece.finish_reason for piece in pieces if piece.finish_reason), None),
+    )
 
 
 class _Chunk(_Wire):
@@ -118,20 +159,20 @@ class Taken(_Chunk):
     type: Literal["taken"] = "taken"
 
 
-class Text(_Chunk):
-    """The next piece of the answer."""
+class Delta(_Chunk):
+    """The next pieces of the answer."""
 
-    type: Literal["text"] = "text"
-    text: str
+    type: Literal["delta"] = "delta"
+    choices: list[Choice]
 
 
 class End(_Chunk):
-    """The answer is complete."""
+    """The answer is complete: every choice has had its `finish_reason`."""
 
     type: Literal["end"] = "end"
-    finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    """Of all choices together."""
 
 
 class Error(_Chunk):
@@ -150,7 +191,7 @@ class Error(_Chunk):
         return kind(self.message, param=self.param, code=self.code, retry_after_s=self.retry_after_s)
 
 
-Chunk = Annotated[Taken | Text | End | Error, Field(discriminator="type")]
+Chunk = Annotated[Taken | Delta | End | Error, Field(discriminator="type")]
 
 _BY_STATUS: dict[int, type[AppError]] = {
     kind.status_code: kind

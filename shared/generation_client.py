@@ -1,7 +1,7 @@
 """The API's end of generation: submit a request, follow its answer, cancel it.
 
 Owns one reply stream and everything this process waits for. One reader serves all requests: it never waits for a
-slow client, because an `Answer` keeps what was not fetched yet as one merged piece of text.
+slow client, because an `Answer` keeps what was not fetched yet as one piece a choice.
 """
 
 import asyncio
@@ -26,13 +26,17 @@ from shared.generation import (
     MAX_CANCELS,
     REQUESTS,
     SILENT_MS,
+    Choice,
     Chunk,
+    Delta,
     End,
+    Endpoint,
     Error,
     GenerationRequest,
-    Taken,
+    Kind,
     alive_key,
     cancelled_key,
+    joined,
     load_chunks,
     replies_key,
 )
@@ -61,9 +65,9 @@ return id
 
 @dataclass(frozen=True)
 class Piece:
-    """What an `Answer` yields: text, and at the end why it ended."""
+    """What an `Answer` yields: the next piece of some choices, and with the last one what it all took."""
 
-    text: str
+    choices: list[Choice]
     end: End | None = None
 
 
@@ -73,7 +77,7 @@ class Answer:
     def __init__(self, client: "GenerationClient", request: GenerationRequest) -> None:
         self.request = request
         self._client = client
-        self._text: list[str] = []
+        self._choices: list[Choice] = []
         self._end: End | None = None
         self._error: AppError | None = None
         self._news = asyncio.Event()
@@ -83,7 +87,7 @@ class Answer:
         """Who has it, as far as we know."""
         self._attempt = 0
         self._next_sequence: dict[int, int] = {}
-        self.has_text = False
+        self.has_begun = False
         self.missing_since: float | None = None
 
     @property
@@ -99,12 +103,12 @@ class Answer:
         while True:
             await self._news.wait()
             self._news.clear()
-            text, self._text = "".join(self._text), []
+            choices, self._choices = joined(self._choices), []
             if self._end is not None:
-                yield Piece(text, self._end)
+                yield Piece(choices, self._end)
                 return
-            if text:
-                yield Piece(text)
+            if choices:
+                yield Piece(choices)
             if self._error is not None:
                 raise self._error
 
@@ -123,7 +127,7 @@ class Answer:
 
     def receive(self, chunk: Chunk) -> None:
         """Take one chunk; never waits."""
-        if self.is_settled or chunk.attempt < self._attempt or (self.has_text and chunk.attempt != self._attempt):
+        if self.is_settled or chunk.attempt < self._attempt or (self.has_begun and chunk.attempt != self._attempt):
             return  # from a generator that was taken for dead, or one that repeats what another already says
         expected = self._next_sequence.get(chunk.attempt, 0)
         if chunk.sequence < expected:
@@ -135,17 +139,16 @@ class Answer:
         self._next_sequence[chunk.attempt] = expected + 1
         self._attempt = chunk.attempt
         self.generator = chunk.generator
-        if isinstance(chunk, Taken):
-            return
-        if isinstance(chunk, Error):
+        if isinstance(chunk, Delta):
+            self.has_begun = True
+            self._choices += chunk.choices
+            self._news.set()
+        elif isinstance(chunk, Error):
             self.fail(chunk.to_exception())
         elif isinstance(chunk, End):
             self._end = chunk
             self._client._forget(self)
-        else:
-            self.has_text = True
-            self._text.append(chunk.text)
-        self._news.set()
+            self._news.set()
 
 
 class GenerationClient:
@@ -182,21 +185,39 @@ class GenerationClient:
         """Requests whose answers are not complete."""
         return len(self._waiting)
 
-    async def submit(self, **fields: Any) -> Answer:
-        """Queue a request (the fields of `GenerationRequest` that are the client's).
+    async def submit(
+        self,
+        *,
+        model: str,
+        location: str,
+        endpoint: Endpoint,
+        body: dict[str, Any],
+        kind: Kind = "live",
+        deadline_s: float | None = None,
+    ) -> Answer:
+        """Queue a request; the arguments are the fields of `GenerationRequest`.
 
         Raises:
-            TooManyRequests: `ANNEAL_GENERATION_QUEUE` requests wait already.
+            TooManyRequests: `ANNEAL_GENERATION_QUEUE` requests of its kind wait already.
             Unavailable: the broker is out of reach.
         """
-        deadline_s = self._settings.generation_deadline_s
-        request = GenerationRequest(id=new_id("gen"), replies=self._replies, deadline_s=deadline_s, **fields)
+        deadline_s = self._settings.generation_deadline_s if deadline_s is None else deadline_s
+        request = GenerationRequest(
+            id=new_id("gen"),
+            replies=self._replies,
+            model=model,
+            location=location,
+            endpoint=endpoint,
+            body=body,
+            kind=kind,
+            deadline_s=deadline_s,
+        )
         answer = Answer(self, request)
         self._waiting[request.id] = answer  # before it is sent: the first chunk may be faster than the confirmation
         try:
             await self._redis.set(alive_key(self._replies), 1, px=SILENT_MS)
             entry_id = await self._submit_script(
-                keys=[REQUESTS],
+                keys=[REQUESTS[kind]],
                 args=[
                     self._settings.generation_queue,
                     request.model_dump_json(),
@@ -269,7 +290,7 @@ class GenerationClient:
         pipeline.time()
         pipeline.zrange(GENERATORS, 0, -1, withscores=True)
         for answer in unowned:
-            pipeline.xrange(REQUESTS, answer.entry_id, answer.entry_id)
+            pipeline.xrange(REQUESTS[answer.request.kind], answer.entry_id, answer.entry_id)
         _, _, _, (seconds, microseconds), beats, *entries = await pipeline.execute()
         now_ms = seconds * 1000 + microseconds // 1000
         alive = {name.decode() for name, beaten_ms in beats if now_ms - beaten_ms < SILENT_MS}
@@ -284,9 +305,9 @@ class GenerationClient:
         if age_s > answer.request.deadline_s + DEADLINE_GRACE_S:
             answer.fail(deadline_passed(answer.request.deadline_s))
             self._abandon(answer)
-        elif answer.has_text and answer.generator not in alive:
+        elif answer.has_begun and answer.generator not in alive:
             answer.fail(Unavailable("the generator died while it answered; try again", code="generator_lost"))
-        elif not answer.has_text and min(age_s, time.monotonic() - self._generator_seen_at) > NO_GENERATOR_WAIT_S:
+        elif not answer.has_begun and min(age_s, time.monotonic() - self._generator_seen_at) > NO_GENERATOR_WAIT_S:
             answer.fail(
                 Unavailable(
                     f"no generator has been running for {NO_GENERATOR_WAIT_S:.0f} s: models can't be used at the "
@@ -308,6 +329,7 @@ class GenerationClient:
         self._run(self._cancel(answer))
 
     async def _cancel(self, answer: Answer) -> None:
+        queue = REQUESTS[answer.request.kind]
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.set(cancelled_key(answer.request.id), 1, ex=int(answer.request.deadline_s) + KEY_TTL_S)
         pipeline.xadd(CANCELS, {"id": answer.request.id}, maxlen=MAX_CANCELS, approximate=True)
@@ -315,9 +337,9 @@ class GenerationClient:
         try:
             await pipeline.execute()
             if answer.entry_id and answer.generator is None:
-                await self._redis.xdel(REQUESTS, answer.entry_id)  # make room in the queue at once
+                await self._redis.xdel(queue, answer.entry_id)  # make room in the queue at once
                 with contextlib.suppress(RedisError):  # nobody may have made the group yet
-                    await self._redis.xack(REQUESTS, GROUP, answer.entry_id)
+                    await self._redis.xack(queue, GROUP, answer.entry_id)
         except (RedisError, OSError) as error:
             log.warning("%s could not be cancelled, its deadline will end it: %s", answer.request.id, error)
 

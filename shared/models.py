@@ -1,4 +1,5 @@
-"""The tables. State changes are verbs in `jobs.py`, `files.py`, `checkpoints.py`; nothing else writes a status.
+"""The tables. State changes are verbs in `jobs.py`, `batches.py`, `files.py`, `checkpoints.py`; nothing else
+writes a status.
 
 Times are seconds since 1970 by the database's clock, as doubles. Every row belongs to a project.
 """
@@ -6,7 +7,20 @@ Times are seconds since 1970 by the database's clock, as doubles. Every row belo
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint, desc
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    desc,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 DEFAULT_PROJECT = "default"
@@ -134,6 +148,100 @@ class UploadPart(Base):
     created_at: Mapped[float]
 
     __table_args__ = (Index("upload_parts_by_upload", "upload_id"),)
+
+
+class BatchStatus(StrEnum):
+    """OpenAI's words; the diagram is in `shared.batches`.
+
+    validating: in by creation; out by the runner that has read the input file, or by a cancel that finds no runner.
+    in_progress: in by the runner, once every line is valid; out by it or by a cancel.
+    finalizing: in by the runner, once every line has its result; out by it, with the files, or by a cancel.
+    cancelling: in by a client; out by the runner, with the files of what was done.
+    failed, completed, expired, cancelled: absorbing.
+
+    A crash leaves each of the first four, without a lease once the sweep has looked: another runner goes on.
+    """
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+BATCH_TERMINAL = (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
+BATCH_LIVE = tuple(status for status in BatchStatus if status not in BATCH_TERMINAL)
+
+
+class Batch(Base):
+    """A file of requests that generators answer when they have time, and who sees to it."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    status: Mapped[BatchStatus] = mapped_column(String(16))
+    endpoint: Mapped[str] = mapped_column(String(64))
+    completion_window: Mapped[str] = mapped_column(String(16))
+    input_file_id: Mapped[str] = mapped_column(String(64))
+    output_file_id: Mapped[str | None] = mapped_column(String(64))
+    error_file_id: Mapped[str | None] = mapped_column(String(64))
+    output_expires_after_s: Mapped[int | None]
+    batch_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    errors: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Why it failed: OpenAI's `{code, line, message, param}` each."""
+    model: Mapped[str | None] = mapped_column(String(512))
+    """Of every line; known once they are validated."""
+
+    total: Mapped[int] = mapped_column(default=0)
+    completed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    input_tokens: Mapped[int] = mapped_column(default=0)
+    output_tokens: Mapped[int] = mapped_column(default=0)
+
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    in_progress_at: Mapped[float | None]
+    finalizing_at: Mapped[float | None]
+    completed_at: Mapped[float | None]
+    failed_at: Mapped[float | None]
+    expired_at: Mapped[float | None]
+    cancelling_at: Mapped[float | None]
+    cancelled_at: Mapped[float | None]
+
+    fence: Mapped[int] = mapped_column(default=0)
+    """As of a job."""
+    lease_until: Mapped[float | None]
+    """Null: no runner has it, and any may claim it."""
+    worker: Mapped[str | None] = mapped_column(String(256))
+    not_before: Mapped[float | None]
+    faults: Mapped[int] = mapped_column(default=0)
+    """Runs in a row that ended badly without one more line done."""
+    has_lines: Mapped[bool] = mapped_column(Boolean, default=False)
+    """Whether there may be `BatchLine`s of it."""
+
+    __table_args__ = (
+        Index("batches_by_project", "project_id", "created_at", "id"),
+        Index("batches_by_status", "status", "created_at", "id"),
+        Index("batches_by_lines", "has_lines", "status"),
+    )
+
+
+class BatchLine(Base):
+    """The result of one line of a batch, until the batch's files have it."""
+
+    __tablename__ = "batch_lines"
+
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """Of the input file, from 1."""
+    is_error: Mapped[bool] = mapped_column(Boolean)
+    """Of which of the two files it is a line."""
+    body: Mapped[str] = mapped_column(Text)
+    """That line: JSON, in ASCII."""
 
 
 class Job(Base):

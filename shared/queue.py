@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = "anneal.train"
 VALIDATE_FILES = "anneal.validate_files"
-QUEUE_OF = {TRAIN: "train", VALIDATE_FILES: "batch"}
+RUN_BATCHES = "anneal.run_batches"
+QUEUE_OF = {TRAIN: "train", VALIDATE_FILES: "batch", RUN_BATCHES: "batch"}
 
 BURST = 16
 PACE_S = 0.1
@@ -85,6 +86,10 @@ class Outbox:
     def files_wait(self) -> None:
         """A file was stored that nobody has checked yet."""
         self._put(VALIDATE_FILES)
+
+    def batches_wait(self) -> None:
+        """A batch was created, or one that nobody runs has to be ended."""
+        self._put(RUN_BATCHES)
 
     def close(self) -> None:
         """Send what waits, for at most a few seconds."""

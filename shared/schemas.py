@@ -6,7 +6,16 @@ Requests forbid unknown keys, so that a misspelt choice is an error and not a su
 import math
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from shared.model_registry import NamedModel, checkpoint_name
 from shared.models import Checkpoint, File, FileStatus, Job, JobStatus
@@ -26,6 +35,18 @@ class Request(BaseModel):
         if (text := first_unstorable(value)) is not None:
             raise ValueError(f"{text[:100]!a} holds a NUL or a lone surrogate, which can't be stored; remove it")
         return value
+
+
+def _bounded(metadata: dict[str, str]) -> dict[str, str]:
+    if len(metadata) > 16:
+        raise ValueError(f"{len(metadata)} keys; at most 16 are allowed")
+    for key, text in metadata.items():
+        if len(key) > 64 or len(text) > 512:
+            raise ValueError(f"key {key[:64]!r}: keys have at most 64 characters, values at most 512")
+    return metadata
+
+
+Metadata = Annotated[dict[StrictStr, StrictStr], AfterValidator(_bounded)]
 
 
 class Hyperparameters(Request):
@@ -83,7 +104,7 @@ class JobCreate(Request):
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
     integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     """Weights & Biases, at most once."""
-    metadata: dict[StrictStr, StrictStr] | None = None
+    metadata: Metadata | None = None
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     """Ours: every choice of a run."""
 
@@ -93,17 +114,6 @@ class JobCreate(Request):
         if isinstance(value, dict) and any(value.get(key) is True for key in ("load_in_4bit", "load_in_8bit")):
             raise ValueError(QUANTIZED_FULL)
         return {} if value is None else value
-
-    @field_validator("metadata")
-    @classmethod
-    def _metadata_bounds(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if value is not None:
-            if len(value) > 16:
-                raise ValueError(f"{len(value)} keys; at most 16 are allowed")
-            for key, text in value.items():
-                if len(key) > 64 or len(text) > 512:
-                    raise ValueError(f"key {key[:64]!r}: keys have at most 64 characters, values at most 512")
-        return value
 
     @model_validator(mode="after")
     def _said_once(self) -> Self:

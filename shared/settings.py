@@ -82,18 +82,32 @@ class Settings(BaseSettings):
     inline_validation_bytes: int = 4 * 2**20
     """Uploads up to this size are validated before the answer; larger ones by `worker batch`."""
 
-    engine: Literal["auto", "transformers"] = "auto"
-    """What generates. `auto` is `transformers` for now."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What generates. `auto`: `vllm` where there is an NVIDIA GPU and `vllm_python` is set, else `transformers`."""
+    vllm_python: Path | None = None
+    """The interpreter of the environment that has vLLM, which can't share ours; `make setup-vllm` builds one."""
     generation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format models are served in. `auto`: bfloat16 where the hardware computes in it."""
     generation_memory_bytes: int = Field(default=4 * BYTES_PER_GIB, gt=0)
     """Budget of loaded models with their key-value caches; past it the least recently used is evicted."""
     generation_slots: int = Field(default=8, ge=1)
     """Requests decoded at once by one generator."""
+    generation_batch_slots: int = Field(default=4, ge=1)
+    """Requests of batches decoded at once by one generator, beside the live ones; while there are any, a single one."""
+    generation_load_wait_s: float = Field(default=60, gt=0)
+    """How long a live request waits for its model to be loaded before it is told to come back."""
+    generation_warm_up: bool = True
+    """Whether a model is loaded as soon as its job has succeeded."""
+    pinned_models: tuple[str, ...] = ()
+    """Models that every generator loads at its start and never evicts: a JSON list of names."""
     generation_deadline_s: float = Field(default=600, gt=0)
     """A request older than this is answered with an error."""
+    generation_stall_s: float = Field(default=120, gt=0)
+    """A vLLM server that was asked and has given nobody a token for so long hangs, and is replaced."""
     generation_queue: int = Field(default=256, ge=1)
     """Requests that may wait; one more is answered 429."""
+    batch_requests: int = Field(default=16, ge=1)
+    """Requests of one batch that generators are given at once."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -108,7 +122,7 @@ class Settings(BaseSettings):
                 )
         return names
 
-    @field_validator("data", "models_dir")
+    @field_validator("data", "models_dir", "vllm_python")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
@@ -121,6 +135,11 @@ class Settings(BaseSettings):
                 "or a single late renewal loses the run"
             )
         return self
+
+    @property
+    def generation_sequences(self) -> int:
+        """Requests of all kinds that one generator decodes at once."""
+        return self.generation_slots + self.generation_batch_slots
 
     @cached_property
     def resolved_database_url(self) -> str:

@@ -30,10 +30,12 @@ from shared.db import UNAVAILABLE, reading, transaction
 from shared.disk import make_folder
 from shared.errors import AppError
 from shared.models import TERMINAL, Job, JobStatus
+from shared.redis_client import connect
 from shared.settings import Settings
 from shared.trainer_protocol import Alive, Done, Failed, Message, Started, Stopped, parse
 from shared.training_spec import TrainingSpec
 from worker import lifecycle, memory
+from worker.generation import warm_up
 from worker.host_lock import HostLock, LockHeld
 from worker.lease import LeaseKeeper
 from worker.orders import Orders
@@ -263,11 +265,13 @@ class _Run:
             self.settle_retry(f"The final checkpoint, of step {last_step}, was damaged on its way to storage")
             return
         curve = results.write_curve(self._settings, self._job)
+        published = []
 
         def change(session: Session) -> Job:
             job = jobs.owned(session, self._job.id, self._job.fence)
             newest = checkpoints.newest_first(session, job.id)[0]
             name = checkpoints.publish_tuned(session, job, base_model=self._base_model, location=newest.location)
+            published.append((name, newest.location))
             results.register(session, job, curve)
             values = {"fine_tuned_model": name, "trained_tokens": newest.tokens, "result_files": [curve.file_id]}
             return jobs.succeed(session, job.id, self._job.fence, **values)
@@ -277,6 +281,8 @@ class _Run:
         except BaseException:
             files.discard_bytes(self._settings, curve.file_id)
             raise
+        if self._settings.generation_warm_up:
+            warm_up.recommend(connect(self._settings), *published[-1])
 
     def _give_back(self, reason: str) -> None:
         self._leave(lambda session: jobs.give_back(session, self._job.id, self._job.fence, reason))

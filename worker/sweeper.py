@@ -13,12 +13,13 @@ from types import FrameType
 import redis
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared import events, files, jobs, sweeps
+from shared import batches, events, files, jobs, sweeps
 from shared.db import reading, transaction
 from shared.errors import AppError
 from shared.events import Publisher
 from shared.heartbeat import SILENT_AFTER_S, Heartbeat
-from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES, make_celery, send
+from shared.models import Batch, Job
+from shared.queue import QUEUE_OF, RUN_BATCHES, TRAIN, VALIDATE_FILES, make_celery, send
 from shared.redis_client import connect
 from shared.settings import Settings
 from worker import expiry, garbage
@@ -79,13 +80,14 @@ class Sweeper:
         """Give back the runs of workers that fell silent, unless silence may have been an outage (`shared.sweeps`)."""
         with transaction() as session:
             this_pass = sweeps.begin_pass(session, self._settings.lease_s)
-            expired = []
+            expired: list[Job | Batch] = []
             if this_pass.may_expire:
-                expired = jobs.expire_leases(session, self._settings.max_faults, self._settings.retry_delay_s)
+                expired += jobs.expire_leases(session, self._settings.max_faults, self._settings.retry_delay_s)
+                expired += batches.expire_leases(session, self._settings.max_faults)
             written = events.written(session)
         self._instance = this_pass.instance
-        for job in expired:
-            log.warning("lease of %s expired; it is now %s", job.id, job.status)
+        for row in expired:
+            log.warning("lease of %s expired; it is now %s", row.id, row.status)
         self._publisher.publish(written)
 
     def resend_hints(self) -> None:
@@ -93,7 +95,8 @@ class Sweeper:
         with reading() as session:
             queued = jobs.count_claimable(session)
             unchecked = files.next_unchecked(session) is not None
-        for hint, waiting in ((TRAIN, queued), (VALIDATE_FILES, int(unchecked))):
+            idle = batches.count_claimable(session)
+        for hint, waiting in ((TRAIN, queued), (VALIDATE_FILES, int(unchecked)), (RUN_BATCHES, int(idle > 0))):
             if waiting:
                 under_way = int(self._redis.llen(QUEUE_OF[hint]))  # kombu keeps a queue as a list of that name
                 for _ in range(min(waiting, MOST_HINTS) - under_way):

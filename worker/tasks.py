@@ -1,24 +1,33 @@
 """The tasks, thin: claim, work, settle. All are safe to deliver twice, or never."""
 
+import asyncio
 import logging
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from shared import files, jobs, storage, training_data
+from sqlalchemy.exc import SQLAlchemyError
+
+from shared import batches, files, jobs, storage, training_data
 from shared.db import reading, transaction
-from shared.queue import TRAIN, VALIDATE_FILES, send
+from shared.queue import RUN_BATCHES, TRAIN, VALIDATE_FILES, send
 from shared.settings import get_settings
+from worker import batches as batch_runs
 from worker import lifecycle, run_folder, supervisor
 from worker.app import celery_app
 
 log = logging.getLogger(__name__)
+
+LOOK_FOR_FILES_S = 2.0
 
 
 @celery_app.task(name=TRAIN, ignore_result=True)
 def train() -> None:
     """Claim the next job, supervise it, settle it; again while any waits. A second delivery finds nothing to claim."""
     settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
+    worker = _worker()
     run_folder.forget_old(settings)
     while not lifecycle.shutdown.is_set():
         with transaction() as session:
@@ -34,6 +43,49 @@ def train() -> None:
 @celery_app.task(name=VALIDATE_FILES, ignore_result=True)
 def validate_files() -> None:
     """Check every file that was too large to be checked while its sender waited."""
+    _check_files()
+
+
+@celery_app.task(name=RUN_BATCHES, ignore_result=True)
+def run_batches() -> None:
+    """Run batches until none waits, which may take a day; files are checked meanwhile, for they have the same queue."""
+    with _checking_files():
+        asyncio.run(batch_runs.run_all(get_settings(), _worker()))
+    if lifecycle.shutdown.is_set():  # as after `train`
+        with reading() as session:
+            waiting = batches.count_claimable(session)
+        if waiting:
+            send(celery_app, RUN_BATCHES)
+
+
+@contextmanager
+def _checking_files() -> Iterator[None]:
+    """Check files as they come, in a thread."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_FOR_FILES_S):
+            try:
+                _check_files()
+            except SQLAlchemyError as error:
+                log.warning("no files checked, the database said: %s", error)
+            except Exception:
+                log.exception("files can't be checked for now")
+
+    thread = threading.Thread(target=look, name="files", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _check_files() -> None:
     settings = get_settings()
     out_of_reach: set[str] = set()
     while not lifecycle.shutdown.is_set():

@@ -18,7 +18,7 @@ from tests.worker.conftest import base_folder, submit  # noqa: F401 - fixtures
 from tests.worker.steps import BASE, run_next
 
 JOBS = "/v1/fine_tuning/jobs"
-CHECKED_ELSEWHERE = {"create_chat_completion"}
+CHECKED_ELSEWHERE = {"create_chat_completion", "create_completion"}
 """Needs a generator: tests/generation."""
 
 
@@ -153,6 +153,14 @@ def test_real_answers_are_as_described(
     call("POST", f"{JOBS}/{job['id']}/cancel")
     call("POST", f"{JOBS}/{job['id']}/cancel", 409)
     call("DELETE", f"/v1/files/{file['id']}")
+
+    requests = {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "batch"}}
+    about = {"endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = call("POST", "/v1/batches", json={"input_file_id": call("POST", "/v1/files", **requests)["id"], **about})
+    call("POST", "/v1/batches", 404, json={"input_file_id": "file-nope", **about})
+    call("GET", "/v1/batches")
+    call("GET", f"/v1/batches/{batch['id']}")
+    call("POST", f"/v1/batches/{batch['id']}/cancel")
 
     tuned = call("GET", f"{JOBS}/{finished}")["fine_tuned_model"]
     call("GET", "/v1/models")

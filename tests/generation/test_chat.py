@@ -155,7 +155,7 @@ def test_a_client_that_leaves_the_queue_is_never_started(
     with pytest.raises(httpx.ReadTimeout):
         body = {"model": TINY, "messages": user("hi")}
         httpx.post(f"{server}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.5))
-    wait_until(lambda: broker.xlen(REQUESTS) == 0, timeout_s=2)
+    wait_until(lambda: broker.xlen(REQUESTS["live"]) == 0, timeout_s=2)
     busy.close()
 
 
@@ -208,7 +208,7 @@ def test_an_unknown_model_is_not_found(generator: RunningGenerator, sdk: openai.
 @pytest.mark.parametrize("environment", [{"ANNEAL_GENERATION_QUEUE": "3"}], indirect=True)
 def test_one_request_too_many_is_told_to_come_back(sdk: openai.OpenAI, broker: redis.Redis) -> None:
     for _ in range(3):
-        broker.xadd(REQUESTS, {"request": "{}"})
+        broker.xadd(REQUESTS["live"], {"request": "{}"})
     with pytest.raises(openai.RateLimitError) as caught:
         ask(sdk)
     assert int(caught.value.response.headers["retry-after"]) >= 1

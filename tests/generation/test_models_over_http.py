@@ -73,3 +73,5 @@ def test_answers_are_as_described(generator: RunningGenerator, server: str) -> N
         for stream in (False, True):
             body = {"model": "acme/tiny", "messages": user("hi"), "max_tokens": 5, "stream": stream}
             assert document.check(client.post("/v1/chat/completions", json=body)).status_code == 200
+            text = {"model": "acme/tiny", "prompt": ["hi", "you"], "max_tokens": 5, "stream": stream, "logprobs": 1}
+            assert document.check(client.post("/v1/completions", json=text)).status_code == 200

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from openai.types.chat import completion_create_params
 from pydantic import ValidationError
 
-from api.chat_schema import NEUTRAL, ChatRequest
+from shared.chat_schema import NEUTRAL, ChatRequest
 from shared.errors import BadRequest
 
 BODY: dict[str, Any] = {"model": "acme/tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -21,17 +21,6 @@ def parsed(**changes: Any) -> ChatRequest:
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
-        ("top_logprobs", 5),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"50256": -100}),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("audio", {"voice": "alloy", "format": "wav"}),
@@ -44,12 +33,12 @@ def parsed(**changes: Any) -> ChatRequest:
         ("verbosity", "low"),
     ],
 )
-def test_what_the_engine_does_not_honour_is_refused_by_name(client: TestClient, param: str, value: Any) -> None:
+def test_what_no_engine_honours_is_refused_by_name(client: TestClient, param: str, value: Any) -> None:
     answer = client.post("/v1/chat/completions", json={**BODY, param: value})
     error = answer.json()["error"]
     assert answer.status_code == 400
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "unsupported_parameter")
-    assert "not supported by this engine" in error["message"]
+    assert "is not supported; leave it out" in error["message"]
     assert json.dumps(value)[:20] in error["message"]
 
 
@@ -73,8 +62,21 @@ def test_what_the_engine_does_not_honour_is_refused_by_name(client: TestClient, 
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0"),
+        ({"messages": [{"role": "user"}]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "22"}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": "hi", "tool_call_id": "x"}]}, "messages.0"),
+        ({"n": True}, "n"),
+        ({"n": 0}, "n"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "magic", "function": {"name": "f"}}]}, "tools.0.type"),
         ({"messages": [{"role": "user", "content": "hi", "colour": "red"}]}, "messages.0.colour"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -96,6 +98,9 @@ def test_wrong_values_are_refused_by_name(client: TestClient, changes: dict[str,
     [
         ({"max_tokens": 5, "max_completion_tokens": 6}, "two names of one limit"),
         ({"stream_options": {"include_usage": True}}, "stream: true"),
+        ({"top_logprobs": 3}, "logprobs: true"),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "none of the tools"),
     ],
 )
 def test_contradictions_are_refused(client: TestClient, changes: dict[str, Any], words: str) -> None:
@@ -143,11 +148,18 @@ def test_an_answer_of_the_sdk_can_be_sent_back_as_history() -> None:
 
 
 def test_limits_and_stops_are_one_thing_under_two_names() -> None:
-    assert parsed(max_tokens=5).answer_tokens == parsed(max_completion_tokens=5).answer_tokens == 5
-    assert parsed(stop="a").stop_strings == parsed(stop=["a"]).stop_strings == ["a"]
-    assert parsed(stop=None).stop_strings == []
+    assert parsed(max_tokens=5).generation_body() == parsed(max_completion_tokens=5).generation_body()
+    assert parsed(stop="a").generation_body() == parsed(stop=["a"]).generation_body()
+    assert "stop" not in parsed(stop=None).generation_body()
+
+
+def test_generators_are_told_only_what_asks_for_something() -> None:
+    neutral = {"presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": [], "n": 1, "top_logprobs": 0}
+    bare = {"messages": BODY["messages"], "temperature": 1.0, "top_p": 1.0, "n": 1}
+    assert parsed().generation_body() == bare
+    assert parsed(**neutral, response_format={"type": "text"}, user="me").generation_body() == bare
 
 
 def test_an_unsupported_value_is_a_bad_request_wherever_it_is_parsed() -> None:
     with pytest.raises(BadRequest):
-        parsed(n=3)
+        parsed(store=True)

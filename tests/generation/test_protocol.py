@@ -14,7 +14,7 @@ import redis.asyncio
 
 from shared import generation, generation_client, tasks
 from shared.errors import AppError, BadRequest, ModelNotFound, TooManyRequests, Unavailable
-from shared.generation import Error, Message, Text, error_fields
+from shared.generation import REQUESTS, Choice, Delta, Error, error_fields
 from shared.generation_client import Answer, GenerationClient
 from shared.redis_client import connect_async
 from shared.settings import Settings
@@ -22,17 +22,21 @@ from tests.generation.conftest import RunningGenerator, wait_until
 from worker.generation import mailbox
 from worker.generation.mailbox import Delivery, Mailbox
 
-FIELDS: dict[str, Any] = {
-    "model": "acme/tiny",
-    "location": "base:acme/tiny",
-    "messages": [Message(role="user", content="hi")],
+BODY: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "hi"}],
     "max_tokens": 10,
     "temperature": 0,
     "top_p": 1,
-    "seed": None,
-    "stop": [],
+    "n": 1,
 }
-END = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2}
+FIELDS: dict[str, Any] = {"model": "acme/tiny", "location": "base:acme/tiny", "endpoint": "chat", "body": BODY}
+END = {"prompt_tokens": 3, "completion_tokens": 2}
+
+
+def say(delivery: Delivery, text: str) -> None:
+    """Send a chunk of its own, which no later one joins."""
+    delivery.delta([Choice(text=text)])
+    delivery.close_delta()
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +96,7 @@ def play(script: Coroutine[Any, Any, None]) -> None:
 
 
 async def text_of(answer: Answer) -> str:
-    return "".join([piece.text async for piece in answer])
+    return "".join([choice.text async for piece in answer for choice in piece.choices])
 
 
 async def error_of(answer: Answer) -> AppError:
@@ -106,19 +110,19 @@ def test_an_answer_arrives_in_order_and_leaves_nothing_queued(settings: Settings
         async with scene(settings, "a") as (client, (a,)):
             answer = await client.submit(**FIELDS)
             delivery = await a.take()
-            assert delivery.request.messages[0].content == "hi"
+            assert delivery.request.body == BODY
             assert (delivery.attempt, delivery.age_s < 1) == (1, True)
             delivery.taken()
             for text in ("one ", "two ", "three"):
-                delivery.text(text)
+                say(delivery, text)
                 await asyncio.sleep(0.01)
             delivery.end(**END)
             assert await text_of(answer) == "one two three"
             assert client.waiting_count == 0
 
     play(script())
-    assert broker.xlen(generation.REQUESTS) == 0
-    assert broker.xpending(generation.REQUESTS, generation.GROUP)["pending"] == 0
+    assert broker.xlen(REQUESTS["live"]) == 0
+    assert broker.xpending(REQUESTS["live"], generation.GROUP)["pending"] == 0
 
 
 def test_a_generator_that_dies_before_the_first_text_is_replaced(settings: Settings) -> None:
@@ -131,7 +135,7 @@ def test_a_generator_that_dies_before_the_first_text_is_replaced(settings: Setti
             second = await b.take_over()
             assert second.attempt == 2
             second.taken()
-            second.text("from b")
+            say(second, "from b")
             second.end(**END)
             assert await text_of(answer) == "from b"
 
@@ -146,7 +150,7 @@ def test_a_slow_generator_keeps_its_request(settings: Settings, broker: redis.Re
             delivery.taken()
             await asyncio.sleep(1.2)  # loading a model, say; longer than a dead one would be waited for
             assert await b.mailbox.take_over(1) == []
-            delivery.text("at last")
+            say(delivery, "at last")
             delivery.end(**END)
             assert await text_of(answer) == "at last"
 
@@ -157,9 +161,9 @@ def test_a_generator_that_dies_after_the_first_text_is_an_error(settings: Settin
     async def script() -> None:
         async with scene(settings, "a", "b") as (client, (a, b)):
             answer = await client.submit(**FIELDS)
-            (await a.take()).text("half an ans")
+            say((await a.take()), "half an ans")
             pieces = aiter(answer)
-            assert (await anext(pieces)).text == "half an ans"
+            assert (await anext(pieces)).choices == [Choice(text="half an ans")]
             await a.die()
             with pytest.raises(Unavailable) as caught:
                 await anext(pieces)
@@ -178,7 +182,7 @@ def test_without_a_generator_the_wait_is_bounded(settings: Settings, broker: red
             await asyncio.sleep(0.1)
 
     play(script())
-    assert broker.xlen(generation.REQUESTS) == 0, "nobody will be given what nobody waits for"
+    assert broker.xlen(REQUESTS["live"]) == 0, "nobody will be given what nobody waits for"
 
 
 def test_what_a_generator_says_twice_is_heard_once(settings: Settings) -> None:
@@ -186,10 +190,10 @@ def test_what_a_generator_says_twice_is_heard_once(settings: Settings) -> None:
         async with scene(settings, "a") as (client, (a,)):
             answer = await client.submit(**FIELDS)
             delivery = await a.take()
-            delivery.text("one ")
+            say(delivery, "one ")
             delivery.sequence = 0
-            delivery.text("one ")
-            delivery.text("two")
+            say(delivery, "one ")
+            say(delivery, "two")
             delivery.end(**END)
             assert await text_of(answer) == "one two"
 
@@ -201,9 +205,9 @@ def test_a_lost_chunk_is_an_error_and_not_a_hole(settings: Settings) -> None:
         async with scene(settings, "a") as (client, (a,)):
             answer = await client.submit(**FIELDS)
             delivery = await a.take()
-            delivery.text("one ")
+            say(delivery, "one ")
             delivery.sequence += 1
-            delivery.text("three")
+            say(delivery, "three")
             assert (await error_of(answer)).code == "answer_lost"
 
     play(script())
@@ -216,14 +220,14 @@ def test_a_generator_taken_for_dead_that_wakes_up_is_not_heard(settings: Setting
             frozen = await a.take()
             await a.die()
             second = await b.take_over()
-            second.text("b speaks. ")
+            say(second, "b speaks. ")
             await asyncio.sleep(0.1)
             awake = Scripted(a.mailbox._redis, "a")
             frozen.mailbox = awake.mailbox
-            frozen.text("a speaks. ")
+            say(frozen, "a speaks. ")
             frozen.end(**END)
             await asyncio.sleep(0.1)
-            second.text("b again.")
+            say(second, "b again.")
             second.end(**END)
             assert await text_of(answer) == "b speaks. b again."
             await awake.die()
@@ -240,12 +244,12 @@ def test_of_two_that_answer_the_first_to_speak_is_heard(settings: Settings) -> N
             second = await b.take_over()
             awake = Scripted(a.mailbox._redis, "a")
             frozen.mailbox = awake.mailbox
-            frozen.text("a speaks, ")
+            say(frozen, "a speaks, ")
             await asyncio.sleep(0.1)
-            second.text("so does b, ")
+            say(second, "so does b, ")
             second.end(**END)
             await asyncio.sleep(0.1)
-            frozen.text("a ends.")
+            say(frozen, "a ends.")
             frozen.end(**END)
             assert await text_of(answer) == "a speaks, a ends."
             await awake.die()
@@ -259,13 +263,13 @@ def test_a_slow_client_holds_up_nobody_and_costs_no_more_than_its_text(settings:
             slow, quick = await client.submit(**FIELDS), await client.submit(**FIELDS)
             first, second = await a.take(), await a.take()
             for _ in range(5_000):
-                first.text("x")
+                first.delta([Choice(text="x")])
             first.end(**END)
-            second.text("y")
+            say(second, "y")
             second.end(**END)
             assert await text_of(quick) == "y"
             pieces = [piece async for piece in slow]
-            assert [len(piece.text) for piece in pieces] == [5_000], "merged into one"
+            assert [len(choice.text) for piece in pieces for choice in piece.choices] == [5_000], "merged into one"
 
     play(script())
 
@@ -324,10 +328,10 @@ def test_errors_cross_the_broker_as_they_are(error: AppError) -> None:
 
 
 def test_only_json_of_the_protocol_is_read() -> None:
-    for data in (b"\x80\x04N.", b"{}", b'[{"type": "text"}]', b'[{"type": "other"}]'):
+    for data in (b"\x80\x04N.", b"{}", b'[{"type": "delta"}]', b'[{"type": "other"}]'):
         with pytest.raises(ValueError):
             generation.load_chunks(data)
-    chunk = Text(id="x", generator="g", attempt=1, sequence=0, text="\u2028 é")
+    chunk = Delta(id="x", generator="g", attempt=1, sequence=0, choices=[Choice(text="\u2028 é")])
     assert generation.load_chunks(generation.dump_chunks([chunk])) == [chunk]
 
 
@@ -335,9 +339,9 @@ def test_a_request_that_is_no_json_of_ours_stops_no_generator(
     start_generator: Callable[..., RunningGenerator], settings: Settings, broker: redis.Redis
 ) -> None:
     start_generator()
-    broker.xadd(generation.REQUESTS, {"request": "{"})
-    broker.xadd(generation.REQUESTS, {"something": "else"})
-    wait_until(lambda: broker.xlen(generation.REQUESTS) == 0)
+    broker.xadd(REQUESTS["live"], {"request": "{"})
+    broker.xadd(REQUESTS["live"], {"something": "else"})
+    wait_until(lambda: broker.xlen(REQUESTS["live"]) == 0)
 
     async def script() -> None:
         async with GenerationClient(settings) as client:
@@ -353,7 +357,7 @@ def test_generators_cancel_what_a_vanished_api_process_asked_for(
 
     async def script() -> None:
         async with GenerationClient(settings) as client:
-            location = {"model": "acme/slow", "location": "base:acme/slow", "max_tokens": 8000}
+            location = {"model": "acme/slow", "location": "base:acme/slow", "body": {**BODY, "max_tokens": 8000}}
             answer = await client.submit(**{**FIELDS, **location})
             await anext(aiter(answer))
             await tasks.end(client._loops)  # as a kill -9 would

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from worker.generation.sampling import SeededSampling
+from worker.generation.sampling import Choosing, SeededSampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
 
 
 def request(seed: int, position: int, temperature: float = 1.0, top_p: float = 1.0) -> Any:
-    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    choosing = Choosing(temperature=temperature, top_p=top_p, seed=seed, prompt_tokens=position)
+    options = {"choosing": choosing}
     state = SimpleNamespace(logit_processor_kwargs=options, initial_tokens=[0] * position, generated_tokens=[])
     return SimpleNamespace(state=state)
 
@@ -61,3 +62,18 @@ def test_what_was_moved_into_the_prompt_counts_as_position() -> None:
     before, after = request(9, 10), request(9, 6)
     after.state.generated_tokens = [0] * 4
     assert draw([before]) == draw([after])
+
+
+def test_penalties_follow_openais_formula() -> None:
+    mine = request(1, 2, temperature=0)
+    mine.state.generated_tokens = [0, 0, 1]
+    choosing = mine.state.logit_processor_kwargs["choosing"]
+    choosing.frequency_penalty, choosing.presence_penalty, choosing.logit_bias = 0.25, 0.125, {3: 7.0}
+    choosing.top_logprobs = 1
+    sampling = SeededSampling(torch.device("cpu"))
+    scores = sampling(LOGITS[None].clone(), sampling.prepare_tensor_args([mine]))
+    assert scores[0].tolist() == [2 - 2 * 0.25 - 0.125, 1 - 0.25 - 0.125, 0, -1 + 7, -torch.inf]
+    (noted,) = choosing.noted
+    raw = LOGITS.log_softmax(dim=-1)
+    assert (noted.token_id, noted.logprob) == (3, pytest.approx(float(raw[3])))
+    assert noted.top == [(0, pytest.approx(float(raw[0])))], "of the model's own opinion"

@@ -123,7 +123,7 @@ REQUESTS = (
     guard(
         "a file that a live job needs does not expire",
         "shared/files.py",
-        "    return File.expires_at <= at, File.id.not_in(of_live_jobs)\n",
+        "    return File.expires_at <= at, File.id.not_in(needed)\n",
         "    return (File.expires_at <= at,)\n",
         pytest(f"{EXPIRY}::test_an_expired_file_stays_while_a_live_job_needs_it"),
     ),

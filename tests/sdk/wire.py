@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-from openai.types import FileDeleted, FileObject, Model, ModelDeleted, Upload
+from openai.types import Batch, FileDeleted, FileObject, Model, ModelDeleted, Upload
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from openai.types.uploads import UploadPart
@@ -38,6 +38,9 @@ ANSWERS: list[tuple[str, str, Any]] = [
     ("GET", r"/v1/fine_tuning/jobs", ListPage[FineTuningJob]),
     ("GET", rf"{JOB}/events", ListPage[FineTuningJobEvent]),
     ("GET", rf"{JOB}/checkpoints", ListPage[FineTuningJobCheckpoint]),
+    ("POST", r"/v1/batches(/[^/]+/cancel)?", Batch),
+    ("GET", r"/v1/batches", ListPage[Batch]),
+    ("GET", r"/v1/batches/[^/]+", Batch),
     ("GET", r"/v1/models", WholeList[Model]),
     ("GET", r"/v1/models/.+", Model),
     ("DELETE", r"/v1/models/.+", ModelDeleted),

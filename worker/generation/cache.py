@@ -20,25 +20,35 @@ from shared.errors import AppError, ModelNotFound, Unavailable
 from shared.model_registry import BASE_LOCATION
 from shared.settings import Settings
 from worker.base_models import resolve
-from worker.generation.engine import Engine, pick_device, pick_dtype, plan
+from worker.generation.engine import Backend, Engine, Plan
 
 log = logging.getLogger(__name__)
 
 
-class Loaded:
-    """An engine and how many requests use it."""
+RETRY_AFTER_S = 5.0
+"""What a client is told to wait for a model that is still being loaded."""
 
-    def __init__(self, engine: Engine) -> None:
+
+class Loaded:
+    """An engine, how many requests use it, and whether it may go."""
+
+    def __init__(self, engine: Engine, *, is_pinned: bool) -> None:
         self.engine = engine
+        self.is_pinned = is_pinned
         self.users = 0
+
+    @property
+    def may_go(self) -> bool:
+        return self.users == 0 and not self.is_pinned
 
 
 class ModelCache:
     """Used on one event loop; loading and closing happen in threads."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, backend: Backend) -> None:
         self._settings = settings
-        self._dtype = pick_dtype(settings.generation_dtype, pick_device())
+        self._backend = backend
+        self._pinned: set[str] = set()
         self._models: OrderedDict[str, Loaded] = OrderedDict()
         """By location, least recently used first."""
         self._loading = asyncio.Lock()
@@ -52,17 +62,29 @@ class ModelCache:
         return list(self._models)
 
     @asynccontextmanager
-    async def use(self, location: str, name: str) -> AsyncIterator[Engine]:
+    async def use(self, location: str, name: str, wait_s: float | None = None) -> AsyncIterator[Engine]:
         """The engine of a model, loaded if need be, and kept at least until the block ends.
+
+        Args:
+            wait_s: how long to wait for a load; it goes on when nobody waits for it any more.
 
         Raises:
             ModelNotFound: nothing is at that location.
             BadRequest: what is there can't be served.
-            Unavailable: it is larger than the whole budget.
+            Unavailable: it is larger than the whole budget, or takes longer than `wait_s` to load.
         """
         while (loaded := self._ready(location)) is None:
-            # Shielded: whoever asked first may leave, and a load in a thread can't be called back.
-            await asyncio.shield(self._load_once(location, name))
+            load = self._load_once(location, name)
+            # Not waited for itself: whoever asked first may leave, and a load in a thread can't be called back.
+            await asyncio.wait([load], timeout=wait_s)
+            if not load.done():
+                raise Unavailable(
+                    f"the model {name!r} is still being loaded after {wait_s:g} s (ANNEAL_GENERATION_LOAD_WAIT_S); try "
+                    "again shortly",
+                    code="model_loading",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            load.result()
         loaded.users += 1
         self._models.move_to_end(location)
         try:
@@ -70,6 +92,24 @@ class ModelCache:
         finally:
             loaded.users -= 1
             self._freed.set()
+
+    async def warm_up(self, location: str, name: str) -> None:
+        """Load a model before anybody asks for it.
+
+        Raises:
+            AppError: as `use`.
+        """
+        async with self.use(location, name):
+            pass
+
+    async def pin(self, location: str, name: str) -> None:
+        """Load a model and never evict it.
+
+        Raises:
+            AppError: as `use`.
+        """
+        self._pinned.add(location)
+        await self.warm_up(location, name)
 
     async def close(self) -> None:
         """Stop every engine, busy or not."""
@@ -104,12 +144,14 @@ class ModelCache:
             await self._evict(location)
         started = time.monotonic()
         folder = await asyncio.to_thread(self._folder, location, name)
-        layout = await asyncio.to_thread(plan, folder, name, self._dtype, self._settings.generation_memory_bytes)
-        await self._make_room(layout.total_bytes)
+        plan = await asyncio.to_thread(self._backend.plan, folder, name)
         try:
-            engine = await asyncio.to_thread(
-                Engine, folder, name, layout, dtype=self._dtype, slots=self._settings.generation_slots
-            )
+            engine = await self._exchanged(plan, folder, name)
+            how = "exchanged the weights for those of"
+            if engine is None:
+                await self._make_room(plan.total_bytes)
+                engine = await asyncio.to_thread(self._backend.load, folder, name, plan)
+                how = "loaded"
         except AppError:
             raise
         except Exception as error:
@@ -119,26 +161,51 @@ class ModelCache:
                 "the generator's log has the details",
                 code="model_load_failed",
             ) from error
-        self._models[location] = Loaded(engine)
-        log.info("loaded %s in %.1f s: %.2f GiB", location, time.monotonic() - started, engine.memory_bytes / 2**30)
+        self._models[location] = Loaded(engine, is_pinned=location in self._pinned)
+        took_s, size_gib = time.monotonic() - started, engine.memory_bytes / 2**30
+        log.info("%s %s in %.1f s: %.2f GiB", how, location, took_s, size_gib)
+
+    def _fits(self, needed_bytes: int) -> bool:
+        taken_bytes = sum(model.engine.memory_bytes for model in self._models.values())
+        return taken_bytes + needed_bytes <= self._settings.generation_memory_bytes
+
+    def _idle(self) -> str | None:
+        """The least recently used model that may go."""
+        return next((location for location, model in self._models.items() if model.may_go), None)
+
+    async def _exchanged(self, plan: Plan, folder: Path, name: str) -> Engine | None:
+        """The engine of a model that would be evicted, with this one's weights, if it can have them."""
+        idle = self._idle()
+        if idle is None or self._fits(plan.total_bytes):
+            return None
+        model = self._models.pop(idle)  # nobody may begin to use it meanwhile
+        try:
+            swapped = model.engine.is_alive and await asyncio.to_thread(self._backend.swap, model.engine, folder, name)
+        except BaseException:
+            await self._close(model.engine)
+            raise
+        if swapped:
+            return model.engine
+        self._models[idle] = model
+        self._models.move_to_end(idle, last=False)
+        return None
 
     async def _make_room(self, needed_bytes: int) -> None:
-        while sum(model.engine.memory_bytes for model in self._models.values()) + needed_bytes > (
-            self._settings.generation_memory_bytes
-        ):
+        while not self._fits(needed_bytes):
             self._freed.clear()
-            idle = next((location for location, model in self._models.items() if model.users == 0), None)
+            idle = self._idle()
             if idle is None:
                 await self._freed.wait()
             else:
                 await self._evict(idle)
 
     async def _evict(self, location: str) -> None:
-        engine = self._models.pop(location).engine
         log.info("evicting %s", location)
-        await asyncio.to_thread(engine.close)
-        del engine
+        await self._close(self._models.pop(location).engine)
         gc.collect()  # models are full of reference cycles, and their memory is counted as free from here on
+
+    async def _close(self, engine: Engine) -> None:
+        await asyncio.to_thread(engine.close)
 
     def _folder(self, location: str, name: str) -> Path:
         if location.startswith(BASE_LOCATION):

@@ -1,10 +1,13 @@
 """`worker generate`: takes requests from Redis into free slots, decodes them, streams the answers back.
 
-    take ─▶ taken ─▶ model loaded ─▶ encoded ─▶ in the batch ─▶ text* ─▶ end
-              └────────────┴───────────┴────────────┴──▶ error | cancelled (its slot is free at once)
+    take ─▶ taken ─▶ model loaded ─▶ engine: delta* ─▶ end
+              └────────────┴────────────┴──▶ error | cancelled (its slot is free at once)
 
-Owns the generator's life and one task per request. Never touches the database, and never holds up the event loop:
-loading and tokenising happen in threads, decoding in each engine's own.
+Owns the generator's life and one task per request. Never holds up the event loop: loading and tokenising happen in
+threads, decoding in each engine's own, or in its process. Reads the database once, for the names of pinned models.
+
+Requests of a batch have slots of their own, so that they never keep a live one waiting; while live ones are answered,
+only one of a batch's goes on at a time beside those that have begun.
 """
 
 import asyncio
@@ -12,28 +15,22 @@ import contextlib
 import functools
 import logging
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
 from shared import tasks
 from shared.errors import AppError, Unavailable
-from shared.generation import BEAT_S, MAX_ATTEMPTS
+from shared.generation import BEAT_S, MAX_ATTEMPTS, REQUESTS, Kind
 from shared.generation_client import deadline_passed
 from shared.heartbeat import Heartbeat
 from shared.ids import new_id
 from shared.redis_client import connect_async
 from shared.settings import Settings
 from worker.generation.mailbox import Delivery, Mailbox
-from worker.generation.text import AnswerText
-
-if TYPE_CHECKING:
-    from worker.generation.cache import ModelCache
-    from worker.generation.engine import Engine
+from worker.generation.warm_up import WarmUps
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +46,6 @@ FULL_POLL_S = 0.05
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then end this process."""
     _configure_threads()
-    _import_engine()
     asyncio.run(_serve_and_leave(settings))
 
 
@@ -64,13 +60,6 @@ def _configure_threads() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _import_engine() -> None:
-    """Pay for torch and transformers before the first request does."""
-    import worker.generation.cache
-
-    log.info("engine imported: %s", worker.generation.cache.__name__)
 
 
 async def _serve_and_leave(settings: Settings) -> None:
@@ -94,12 +83,15 @@ class Generator:
     """One generator process. `serve` runs until `stop` is set."""
 
     def __init__(self, settings: Settings) -> None:
+        # Here, after the threads are configured: this imports torch, before the first request would.
+        from worker.generation.backends import make_backend
         from worker.generation.cache import ModelCache
 
         self._settings = settings
         self._redis = connect_async(settings)
         self._mailbox = Mailbox(self._redis, new_id("generator"))
-        self._models: ModelCache = ModelCache(settings)
+        self._models = ModelCache(settings, make_backend(settings))
+        self._warm_ups = WarmUps(self._redis, settings)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._deliveries: dict[str, Delivery] = {}
         self._slot_freed = asyncio.Event()
@@ -113,7 +105,10 @@ class Generator:
             ]
             taking = [
                 asyncio.create_task(self._persistently(self._take)),
+                asyncio.create_task(self._persistently(self._take_of_batches)),
                 asyncio.create_task(self._persistently(self._take_over)),
+                asyncio.create_task(self._warm_ups.pin(self._models)),
+                asyncio.create_task(self._persistently(functools.partial(self._warm_ups.obey, self._models))),
             ]
             try:
                 await stop.wait()
@@ -126,22 +121,43 @@ class Generator:
                     await asyncio.wait_for(self._models.close(), CLOSE_LIMIT_S)
                 await self._redis.aclose()
 
+    def _running_of(self, kind: Kind) -> int:
+        return sum(delivery.request.kind == kind for delivery in self._deliveries.values())
+
     @property
     def free_slots(self) -> int:
-        return self._settings.generation_slots - len(self._running)
+        """How many more live requests may be answered at once."""
+        return self._settings.generation_slots - self._running_of("live")
+
+    @property
+    def free_batch_slots(self) -> int:
+        """How many more requests of batches may: beside live ones a single one, so that batches never stand still."""
+        allowed = 1 if self._running_of("live") else self._settings.generation_batch_slots
+        return max(0, allowed - self._running_of("batch"))
 
     async def _take(self) -> None:
         while self.free_slots == 0:
-            self._slot_freed.clear()
-            await self._slot_freed.wait()
+            await self._slot()
         for delivery in await self._mailbox.take(self.free_slots):
             self._begin(delivery)
 
+    async def _take_of_batches(self) -> None:
+        while self.free_batch_slots == 0:
+            await self._slot()
+        for delivery in await self._mailbox.take(self.free_batch_slots, "batch"):
+            self._begin(delivery)
+
+    async def _slot(self) -> None:
+        """Until a slot has been freed."""
+        await self._slot_freed.wait()
+
     async def _take_over(self) -> None:
         await asyncio.sleep(2 * BEAT_S)
-        if self.free_slots:
-            for delivery in await self._mailbox.take_over(self.free_slots):
-                self._begin(delivery)
+        free: dict[Kind, int] = {"live": self.free_slots, "batch": self.free_batch_slots}
+        for kind in REQUESTS:
+            if free[kind]:
+                for delivery in await self._mailbox.take_over(free[kind], kind):
+                    self._begin(delivery)
 
     async def _hear_cancellations(self) -> None:
         for request_id in await self._mailbox.cancellations():
@@ -167,10 +183,10 @@ class Generator:
             try:
                 await step()
             except (RedisError, OSError) as error:
-                log.warning("%s: the broker said: %s", step.__name__, error)
+                log.warning("%s: the broker said: %s", _name(step), error)
                 await asyncio.sleep(RETRY_S)
             except Exception:
-                log.exception("%s failed", step.__name__)
+                log.exception("%s failed", _name(step))
                 await asyncio.sleep(RETRY_S)
 
     def _begin(self, delivery: Delivery) -> None:
@@ -182,7 +198,9 @@ class Generator:
 
     def _finished(self, request_id: str, task: asyncio.Task[None]) -> None:
         del self._running[request_id], self._deliveries[request_id]
+        # Everybody who waits looks again, and then waits for the next one.
         self._slot_freed.set()
+        self._slot_freed = asyncio.Event()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("request %s failed", request_id, exc_info=error)
 
@@ -200,7 +218,7 @@ class Generator:
                 )
             delivery.taken()
             async with asyncio.timeout(left_s):
-                await _Decoding(delivery).run(self._models)
+                await self._decode(delivery)
         except TimeoutError:
             delivery.error(deadline_passed(delivery.request.deadline_s))
         except AppError as error:
@@ -208,6 +226,13 @@ class Generator:
         except Exception:
             delivery.error(AppError("the generator failed on this request; its log has the details"))
             raise
+
+    async def _decode(self, delivery: Delivery) -> None:
+        request = delivery.request
+        wait_s = self._settings.generation_load_wait_s if request.kind == "live" else None
+        async with self._models.use(request.location, request.model, wait_s) as engine:
+            usage = await engine.answer(request, delivery.attempt, delivery.delta)
+        delivery.end(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
 
     async def _drain(self) -> None:
         """Let running answers end, then tell the clients of those that did not."""
@@ -220,75 +245,8 @@ class Generator:
             task.cancel()
 
 
-class _Decoding:
-    """One request inside an engine."""
-
-    def __init__(self, delivery: Delivery) -> None:
-        self._delivery = delivery
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    async def run(self, models: "ModelCache") -> None:
-        request = self._delivery.request
-        async with models.use(request.location, request.model) as engine:
-            messages = [message.model_dump() for message in request.messages]
-            prompt_ids = await asyncio.to_thread(engine.encode, messages)
-            max_tokens = engine.room_for(len(prompt_ids), request.max_tokens)
-            await self._decode(engine, prompt_ids, max_tokens)
-
-    async def _decode(self, engine: "Engine", prompt_ids: list[int], max_tokens: int) -> None:
-        from worker.generation.engine import Sampling
-
-        request = self._delivery.request
-        seed = request.seed if request.seed is not None else secrets.randbits(62)
-        text = AnswerText(engine.tokenizer, request.stop)
-        # Not the client's id: a request that comes back after a redelivery must not meet its own remains.
-        engine_id = f"{request.id}/{self._delivery.attempt}"
-
-        def on_tokens(tokens: list[int], is_complete: bool, error: str | None) -> None:
-            if self._done.done():
-                return
-            try:
-                self._take(engine, text, tokens, is_complete, error, len(prompt_ids))
-            except Exception as failure:
-                self._done.set_exception(failure)
-
-        engine.start(engine_id, prompt_ids, max_tokens, Sampling(request.temperature, request.top_p, seed), on_tokens)
-        is_complete = False
-        try:
-            await self._done
-            is_complete = not text.stopped
-        finally:
-            if not is_complete:
-                engine.cancel(engine_id)
-
-    def _take(
-        self,
-        engine: "Engine",
-        text: AnswerText,
-        tokens: list[int],
-        is_complete: bool,
-        error: str | None,
-        prompt_tokens: int,
-    ) -> None:
-        if error is not None:
-            raise Unavailable(f"the engine failed: {error}; try again", code="engine_failed")
-        piece = ""
-        for token in tokens:
-            piece += text.push(token)
-            if text.stopped:
-                break
-        if is_complete and not text.stopped:
-            piece += text.finish()
-        if piece:
-            self._delivery.text(piece)
-        if is_complete or text.stopped:
-            ended = text.stopped or (bool(tokens) and tokens[-1] in engine.end_ids)
-            self._delivery.end(
-                finish_reason="stop" if ended else "length",
-                prompt_tokens=prompt_tokens,
-                completion_tokens=text.token_count,
-            )
-            self._done.set_result(None)
+def _name(step: Callable[..., object]) -> str:
+    return step.func.__name__ if isinstance(step, functools.partial) else step.__name__
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Owns this generator's place in the consumer group, its beat, and the chunks not 
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,27 +25,32 @@ from shared.generation import (
     MAX_REPLIES,
     REQUESTS,
     SILENT_MS,
+    Choice,
     Chunk,
+    Delta,
     End,
     Error,
     GenerationRequest,
+    Kind,
     Taken,
-    Text,
     alive_key,
     cancelled_key,
     dump_chunks,
     error_fields,
+    joined,
 )
 
 log = logging.getLogger(__name__)
 
 READ_BLOCK_MS = 1_000
 RETRY_S = 0.2
+COALESCE_S = 0.02
+"""Text of so long a moment is written together: no reader sees the difference, and hundreds of streams cost a tenth."""
 MAX_UNSENT = 50_000
 """Chunks kept while the broker is away; past it the oldest go, and their readers see the gap."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Delivery:
     """One request as this generator holds it; numbers and sends its chunks."""
 
@@ -57,12 +63,18 @@ class Delivery:
     sequence: int = field(default=0)
     is_settled: bool = field(default=False)
     """Out of the queue: nobody else may start it any more."""
+    unwritten: list[Choice] = field(default_factory=list)
+    """Pieces that become one chunk when the mailbox writes next."""
 
     def taken(self) -> None:
         self._send(Taken, {})
 
-    def text(self, text: str) -> None:
-        self._send(Text, {"text": text})
+    def delta(self, choices: list[Choice]) -> None:
+        """Send the next pieces: the first ones at once, later ones together with what else comes within a moment."""
+        is_first = self.sequence <= 1 and not self.unwritten
+        self.unwritten += choices
+        self.mailbox._has_pieces(self, is_urgent=is_first)
+        self.mailbox._settle(self)
 
     def end(self, **fields: Any) -> None:
         self._send(End, fields)
@@ -74,7 +86,19 @@ class Delivery:
         """Out of the queue without a word: nobody wants it any more."""
         self.mailbox._settle(self)
 
-    def _send(self, kind: type[Taken] | type[Text] | type[End] | type[Error], fields: dict[str, Any]) -> None:
+    def close_delta(self) -> None:
+        """Number the pieces not sent yet. From here on they may have been written, and no more join them."""
+        if self.unwritten:
+            pieces, self.unwritten = joined(self.unwritten), []
+            self._number(Delta, {"choices": pieces})
+
+    def _send(self, kind: type[Taken | End | Error], fields: dict[str, Any]) -> None:
+        self.close_delta()
+        self._number(kind, fields)
+        if kind is not Taken:
+            self.mailbox._settle(self)
+
+    def _number(self, kind: type[Taken | Delta | End | Error], fields: dict[str, Any]) -> None:
         chunk = kind(
             id=self.request.id,
             generator=self.mailbox.name,
@@ -84,8 +108,6 @@ class Delivery:
         )
         self.sequence += 1
         self.mailbox._queue(self.request.replies, chunk)
-        if kind is not Taken:
-            self.mailbox._settle(self)
 
 
 class Mailbox:
@@ -94,46 +116,57 @@ class Mailbox:
     def __init__(self, connection: redis.asyncio.Redis, name: str) -> None:
         self._redis = connection
         self.name = name
-        self._pending: dict[bytes, Delivery] = {}
+        self._pending: dict[Kind, dict[bytes, Delivery]] = {kind: {} for kind in REQUESTS}
         """Taken, and redelivered to others if this generator dies now."""
+        self._with_pieces: dict[Delivery, None] = {}
         self._unsent: dict[str, list[Chunk]] = defaultdict(list)
-        self._settled: list[bytes] = []
+        self._settled: dict[Kind, list[bytes]] = {kind: [] for kind in REQUESTS}
         self._has_unsent = asyncio.Event()
+        self._is_urgent = asyncio.Event()
+        self._next_write_at = 0.0
         self._last_cancel: str | None = None
 
-    async def take(self, count: int, wait_ms: int = READ_BLOCK_MS) -> list[Delivery]:
+    async def take(self, count: int, kind: Kind = "live", wait_ms: int = READ_BLOCK_MS) -> list[Delivery]:
         """Up to `count` requests that nobody has yet; an empty list after `wait_ms`.
 
         Raises:
             RedisError, OSError: the broker is away.
         """
         try:
-            found: Any = await self._redis.xreadgroup(GROUP, self.name, {REQUESTS: ">"}, count=count, block=wait_ms)
+            found: Any = await self._redis.xreadgroup(
+                GROUP, self.name, {REQUESTS[kind]: ">"}, count=count, block=wait_ms
+            )
         except ResponseError as error:
             # The first request ever, or the stream expired, possibly while this was waiting for it.
             if not any(sign in str(error) for sign in ("NOGROUP", "UNBLOCKED")):
                 raise
-            await self._make_group()
+            await self._make_group(kind)
             return []
         entries = found[0][1] if found else []
-        return await self._accept([(entry_id, fields, 1) for entry_id, fields in entries])
+        return await self._accept(kind, [(entry_id, fields, 1) for entry_id, fields in entries])
 
-    async def take_over(self, count: int) -> list[Delivery]:
+    async def take_over(self, count: int, kind: Kind = "live") -> list[Delivery]:
         """Requests of generators that died before they sent any text."""
         try:
-            found: Any = await self._redis.xautoclaim(REQUESTS, GROUP, self.name, SILENT_MS, count=count)
-            entries = [(entry_id, fields) for entry_id, fields in found[1] if fields and entry_id not in self._pending]
+            found: Any = await self._redis.xautoclaim(REQUESTS[kind], GROUP, self.name, SILENT_MS, count=count)
+            mine = self._pending[kind]
+            entries = [(entry_id, fields) for entry_id, fields in found[1] if fields and entry_id not in mine]
             if not entries:
                 return []
-            times: Any = await self._redis.xpending_range(REQUESTS, GROUP, "-", "+", 1000, consumername=self.name)
+            times: Any = await self._pending_here(kind)
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             return []
         delivered = {item["message_id"]: item["times_delivered"] for item in times}
-        return await self._accept([(entry_id, fields, delivered.get(entry_id, 2)) for entry_id, fields in entries])
+        return await self._accept(
+            kind, [(entry_id, fields, delivered.get(entry_id, 2)) for entry_id, fields in entries]
+        )
 
-    async def _accept(self, entries: list[tuple[bytes, dict[bytes, bytes], int]]) -> list[Delivery]:
+    async def _pending_here(self, kind: Kind) -> Any:
+        return await self._redis.xpending_range(REQUESTS[kind], GROUP, "-", "+", 1000, consumername=self.name)
+
+    async def _accept(self, kind: Kind, entries: list[tuple[bytes, dict[bytes, bytes], int]]) -> list[Delivery]:
         if not entries:
             return []
         pipeline = self._redis.pipeline(transaction=False)
@@ -146,12 +179,12 @@ class Mailbox:
         accepted = []
         for (entry_id, _, attempt), request, is_cancelled in zip(entries, requests, cancelled, strict=True):
             if request is None or is_cancelled:
-                self._settled.append(entry_id)
-                self._has_unsent.set()
+                self._settled[kind].append(entry_id)
+                self._wake()
                 continue
             age_s = (now_ms - int(entry_id.split(b"-")[0])) / 1000
             delivery = Delivery(self, entry_id, request, attempt, age_s)
-            self._pending[entry_id] = delivery
+            self._pending[kind][entry_id] = delivery
             accepted.append(delivery)
         return accepted
 
@@ -180,32 +213,38 @@ class Mailbox:
         for key in keys:
             pipeline.exists(alive_key(key))
         _, _, _, *alive = await pipeline.execute()
-        if self._pending:
+        for kind in REQUESTS:
             with contextlib.suppress(ResponseError):  # the stream expired: its requests are past their deadlines
-                await self._renew()
+                await self._renew(kind)
         return {key for key, is_alive in zip(keys, alive, strict=True) if not is_alive}
 
-    async def _renew(self) -> None:
-        mine: Any = await self._redis.xpending_range(REQUESTS, GROUP, "-", "+", 1000, consumername=self.name)
+    async def _renew(self, kind: Kind) -> None:
+        if not self._pending[kind]:
+            return
         # Only what is still ours: after a long freeze somebody else has the rest, and must keep it.
-        ids: Any = [item["message_id"] for item in mine if item["message_id"] in self._pending]
+        mine = await self._pending_here(kind)
+        ids: Any = [item["message_id"] for item in mine if item["message_id"] in self._pending[kind]]
         if ids:
-            await self._redis.xclaim(REQUESTS, GROUP, self.name, 0, ids, idle=0, justid=True)
+            await self._redis.xclaim(REQUESTS[kind], GROUP, self.name, 0, ids, idle=0, justid=True)
 
     async def leave(self) -> None:
         """Write what is left, and let others take over at once what was not begun."""
         with contextlib.suppress(RedisError, OSError):
             await self._write()
-            if self._pending:
-                with contextlib.suppress(ResponseError):
-                    ids: Any = list(self._pending)
-                    await self._redis.xclaim(REQUESTS, GROUP, self.name, 0, ids, idle=SILENT_MS, justid=True)
+            for kind, deliveries in self._pending.items():
+                if deliveries:
+                    with contextlib.suppress(ResponseError):
+                        ids: Any = list(deliveries)
+                        await self._redis.xclaim(REQUESTS[kind], GROUP, self.name, 0, ids, idle=SILENT_MS, justid=True)
             await self._redis.zrem(GENERATORS, self.name)
 
     async def write_forever(self) -> None:
         """Write chunks as they come, those of one moment together."""
         while True:
             await self._has_unsent.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_urgent.wait(), self._next_write_at - time.monotonic())
+            self._next_write_at = time.monotonic() + COALESCE_S
             try:
                 await self._write()
             except (RedisError, OSError) as error:
@@ -217,42 +256,60 @@ class Mailbox:
 
     async def _write(self) -> None:
         self._has_unsent.clear()
+        self._is_urgent.clear()
+        for delivery in self._with_pieces:
+            delivery.close_delta()
+        self._with_pieces.clear()
         unsent, self._unsent = self._unsent, defaultdict(list)
-        settled, self._settled = self._settled, []
+        settled, self._settled = self._settled, {kind: [] for kind in REQUESTS}
         pipeline = self._redis.pipeline(transaction=True)
         for key, chunks in unsent.items():
             pipeline.xadd(key, {"chunks": dump_chunks(chunks)}, maxlen=MAX_REPLIES, approximate=True)
             pipeline.expire(key, KEY_TTL_S)
-        if settled:
-            pipeline.xdel(REQUESTS, *settled)
+        for kind, ids in settled.items():
+            if ids:
+                pipeline.xdel(REQUESTS[kind], *ids)
         try:
             await pipeline.execute()
-            if settled:
-                with contextlib.suppress(ResponseError):  # the group went with its stream
-                    await self._redis.xack(REQUESTS, GROUP, *settled)
+            for kind, ids in settled.items():
+                if ids:
+                    with contextlib.suppress(ResponseError):  # the group went with its stream
+                        await self._redis.xack(REQUESTS[kind], GROUP, *ids)
         except BaseException:
             for key, chunks in unsent.items():  # readers drop what arrives twice
                 self._unsent[key][:0] = chunks
                 del self._unsent[key][:-MAX_UNSENT]
-            self._settled[:0] = settled
-            self._has_unsent.set()
+            for kind, ids in settled.items():
+                self._settled[kind][:0] = ids
+            self._wake()
             raise
+
+    def _has_pieces(self, delivery: Delivery, *, is_urgent: bool) -> None:
+        self._with_pieces[delivery] = None
+        self._has_unsent.set()
+        if is_urgent:
+            self._is_urgent.set()
 
     def _queue(self, replies: str, chunk: Chunk) -> None:
         self._unsent[replies].append(chunk)
-        self._has_unsent.set()
+        self._wake()
 
     def _settle(self, delivery: Delivery) -> None:
         if not delivery.is_settled:
             delivery.is_settled = True
-            self._pending.pop(delivery.entry_id, None)
-            self._settled.append(delivery.entry_id)
-            self._has_unsent.set()
+            kind = delivery.request.kind
+            self._pending[kind].pop(delivery.entry_id, None)
+            self._settled[kind].append(delivery.entry_id)
+            self._wake()
 
-    async def _make_group(self) -> None:
+    def _wake(self) -> None:
+        self._has_unsent.set()
+        self._is_urgent.set()
+
+    async def _make_group(self, kind: Kind) -> None:
         try:
-            await self._redis.xgroup_create(REQUESTS, GROUP, id="0", mkstream=True)
-            await self._redis.expire(REQUESTS, KEY_TTL_S)
+            await self._redis.xgroup_create(REQUESTS[kind], GROUP, id="0", mkstream=True)
+            await self._redis.expire(REQUESTS[kind], KEY_TTL_S)
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise

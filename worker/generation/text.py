@@ -25,9 +25,20 @@ class AnswerText:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._decoded = 0
+        self._sent = 0
         self._held = ""
         self.stopped = False
         """A stop string was found; nothing more comes."""
+
+    @property
+    def decoded_length(self) -> int:
+        """Characters of all tokens seen so far, those held back included."""
+        return self._decoded
+
+    @property
+    def sent_length(self) -> int:
+        """Characters that may be sent by now."""
+        return self._sent
 
     @property
     def token_count(self) -> int:
@@ -48,6 +59,7 @@ class AnswerText:
         rest = self._release(whole[self._decoded :].rstrip(INCOMPLETE))
         if self.stopped:
             return rest
+        self._sent += len(self._held)
         rest, self._held = rest + self._held, ""
         return rest
 
@@ -58,13 +70,15 @@ class AnswerText:
         if found:
             self.stopped = True
             self._held = ""
+            self._sent += min(found)
             return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
+        self._sent += len(text) - keep
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):

@@ -1,0 +1,28 @@
+"""Runs one command and sees to it that nothing of it outlives whoever holds the other end of our standard input.
+
+    python -m worker.generation.keeper command …
+
+A server such as vLLM's starts processes of its own, and its killed parent can't end those. So this one leads the
+session that all of them are in, waits for its input to end (as it does when the holder dies, however it dies), or for
+the command to, and then kills the session's whole group, itself included. Standard library only.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+
+
+def main(command: list[str]) -> None:
+    """Never returns."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    exited = os.pidfd_open(process.pid)
+    while True:
+        readable, _, _ = select.select([0, exited], [], [])
+        if exited in readable or not os.read(0, 4096):
+            os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

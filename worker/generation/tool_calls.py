@@ -1,0 +1,63 @@
+"""Calls of tools inside a model's text: `<tool_call>{"name": …, "arguments": …}</tool_call>`.
+
+This is how Hermes, Qwen and SmolLM write them; templates that know tools ask for this form. Imports no torch.
+"""
+
+import json
+from typing import Any
+
+from shared.ids import new_id
+from worker.generation.text import overlap
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class ToolCallText:
+    """Parts one answer's text into what is said and what is called, as it comes."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._inside = False
+        self.count = 0
+        """Calls so far."""
+
+    def push(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """(text that may be sent now, calls that are complete now, as OpenAI's deltas)."""
+        self._held += text
+        said, calls = "", []
+        while True:
+            mark = CLOSE if self._inside else OPEN
+            before, found, after = self._held.partition(mark)
+            if not found:
+                break
+            if self._inside:
+                call = self._parse(before)
+                if call is not None:
+                    calls.append(call)
+                    after = after.lstrip()
+                else:
+                    said += OPEN + before + CLOSE  # no call after all
+            else:
+                said += before
+            self._held, self._inside = after, not self._inside
+        if not self._inside:
+            keep = overlap(self._held, OPEN)
+            said += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+        return said, calls
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """What was held back, now that nothing follows; a model may end instead of closing its last call."""
+        held, self._held = self._held, ""
+        if self._inside and (call := self._parse(held)) is not None:
+            return "", [call]
+        return (OPEN if self._inside else "") + held, []
+
+    def _parse(self, text: str) -> dict[str, Any] | None:
+        try:
+            call = json.loads(text)
+            function = {"name": str(call["name"]), "arguments": json.dumps(call.get("arguments") or {})}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        self.count += 1
+        return {"index": self.count - 1, "id": new_id("call"), "type": "function", "function": function}
