@@ -26,7 +26,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install setup-vllm demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving test-serving
+.PHONY: help install setup-vllm setup-eval demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving test-serving
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -110,13 +110,30 @@ soak: install
 bench-api: install
 	$(BIN)/python -m benchmarks.api $(if $(OUT),--out $(OUT)) $(ARGS)
 
+# EleutherAI's harness, which is a client like any other, in an environment of its own too.
+EVAL_VENV ?= .venv-eval
+EVAL_LOCK := locks/eval.lock
+EVAL_STAMP := $(EVAL_VENV)/.installed-$(notdir $(EVAL_LOCK))
+
+setup-eval: $(EVAL_STAMP)
+
+$(EVAL_STAMP): VENV := $(EVAL_VENV)
+$(EVAL_STAMP): $(EVAL_LOCK)
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
+	@echo "Installing $(EVAL_LOCK) into $(VENV) (some minutes, once)" >&2
+	$(PIP) "$$(grep '^torch==' $(EVAL_LOCK))" --constraint $(EVAL_LOCK)
+	$(subst --only-binary=:all:,,$(PIP)) --no-deps --requirement $(EVAL_LOCK)
+	@touch $@
+
 # With the environment of vLLM, so that its tests are not skipped.
-test-serving: install setup-vllm
-	ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest $(ARGS) tests/generation
+SERVING := ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python ANNEAL_EVAL_PYTHON=$(abspath $(EVAL_VENV))/bin/python
+
+test-serving: install setup-vllm setup-eval
+	$(SERVING) $(BIN)/python -m pytest $(ARGS) tests/generation
+	$(SERVING) $(BIN)/python -m benchmarks.harness $(if $(OUT),--out $(OUT))
 
 bench-serving: install setup-vllm
-	ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
-	  $(BIN)/python -m benchmarks.serving $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(SERVING) $(BIN)/python -m benchmarks.serving $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _running(side: str, folder: Path) -> Iterator[Side]:
     folder.mkdir()
     base = resolve(MODEL, Settings(data=folder.parent / "weights")).path
     if side.startswith("anneal-"):
-        with _service(side.removeprefix("anneal-"), folder) as url:
+        with service(side.removeprefix("anneal-"), folder) as url:
             yield Side(url, MODEL)
     elif side == "vllm":
         from worker.generation.vllm_engine import VllmBackend
@@ -126,7 +127,8 @@ def _serving_options() -> dict[str, Any]:
 
 
 @contextmanager
-def _service(engine: str, folder: Path) -> Iterator[str]:
+def service(engine: str, folder: Path, **variables: str) -> Iterator[str]:
+    """URL of an API that is up, with a generator of that engine behind it."""
     with ExitStack() as stack:
         source = stack.enter_context(databases("sqlite", durable=True))
         redis_url = stack.enter_context(running_valkey())
@@ -142,12 +144,27 @@ def _service(engine: str, folder: Path) -> Iterator[str]:
             "ANNEAL_GENERATION_LOAD_WAIT_S": str(START_LIMIT_S),
             "ANNEAL_VLLM_PYTHON": os.environ.get("ANNEAL_VLLM_PYTHON", ""),
             "ANNEAL_LOG_LEVEL": "warning",
+            **variables,
         }
         if not environment["ANNEAL_VLLM_PYTHON"]:
             del environment["ANNEAL_VLLM_PYTHON"]
         for command in (("api",), ("worker", "generate")):
             stack.enter_context(_process((sys.executable, "-m", "cli.main", *command), environment))
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(f"{url}/health/live")
+        yield url
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 @contextmanager

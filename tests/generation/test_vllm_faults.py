@@ -66,6 +66,14 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
+def is_of_vllm(process: psutil.Process) -> bool:
+    """Whether it is one that the server itself has started; vLLM names those."""
+    try:
+        return "VLLM::" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def struck_while_it_answers(engine: VllmEngine, strike: Callable[[], None]) -> Unavailable:
     """What a client hears whose engine is struck after its first text."""
 
@@ -129,9 +137,7 @@ def test_nothing_outlives_a_generator_that_is_killed(vllm_settings: Settings) ->
     generator = subprocess.Popen([sys.executable, "-c", program, vllm_settings.model_dump_json(), NAME])
     try:
         parent = psutil.Process(generator.pid)
-        wait_until(
-            lambda: "VLLM::" in str([child.cmdline() for child in parent.children(recursive=True)]), timeout_s=120
-        )
+        wait_until(lambda: any(map(is_of_vllm, parent.children(recursive=True))), timeout_s=120)
         children = parent.children(recursive=True)
     finally:
         os.kill(generator.pid, signal.SIGKILL)

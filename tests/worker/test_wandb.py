@@ -66,7 +66,14 @@ def finished_runs(settings: Settings, job_id: str, count: int) -> list[list[dict
 
 def reporters() -> list[psutil.Process]:
     mine = psutil.Process().children(recursive=True)
-    return [p for p in mine if p.status() != psutil.STATUS_ZOMBIE and "worker.wandb_report" in p.cmdline()]
+    return [process for process in mine if _reports(process)]
+
+
+def _reports(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "worker.wandb_report" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def history(run: list[dict[str, Any]], name: str) -> dict[int, float]:

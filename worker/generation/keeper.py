@@ -4,7 +4,7 @@
 
 A server such as vLLM's starts processes of its own, and its killed parent can't end those. So this one leads the
 session that all of them are in, waits for its input to end (as it does when the holder dies, however it dies), or for
-the command to, and then kills the session's whole group, itself included. Standard library only.
+the command to, and then ends the session's whole group, itself included. Standard library only.
 """
 
 import os
@@ -12,15 +12,25 @@ import select
 import signal
 import subprocess
 import sys
+import time
+
+GRACE_S = 5.0
+"""How long the command may take to end in order."""
+TIDY_S = 0.5
+"""How long what outlives it may take: Python's own process that removes shared memory nobody has any more."""
 
 
 def main(command: list[str]) -> None:
     """Never returns."""
+    signal.signal(signal.SIGTERM, lambda *_: None)  # it is for the others of the group
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     exited = os.pidfd_open(process.pid)
     while True:
         readable, _, _ = select.select([0, exited], [], [])
         if exited in readable or not os.read(0, 4096):
+            os.killpg(0, signal.SIGTERM)
+            select.select([exited], [], [], GRACE_S)
+            time.sleep(TIDY_S)
             os.killpg(0, signal.SIGKILL)
 
 
