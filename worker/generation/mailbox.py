@@ -203,9 +203,9 @@ class Mailbox:
 
     async def beat(self, readers: Iterable[str]) -> set[str]:
         """Say that this generator lives and still has what it took; return the reply streams nobody reads any more."""
+        keys = sorted(set(readers))  # first: what they are read from may change during any wait
         seconds, microseconds = await self._redis.time()
         now_ms = seconds * 1000 + microseconds // 1000
-        keys = sorted(set(readers))
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.zadd(GENERATORS, {self.name: now_ms})
         pipeline.zremrangebyscore(GENERATORS, "-inf", now_ms - KEY_TTL_S * 1000)
