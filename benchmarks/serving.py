@@ -42,6 +42,7 @@ MAX_TOKENS = 64
 SIDES = ("anneal-transformers", "transformers", "anneal-vllm", "vllm")
 SUBJECTS = ("the sea", "old maps", "bread", "bicycles", "clouds", "chess", "lighthouses", "bees", "glass", "rivers")
 START_LIMIT_S = 300.0
+PROCESSES = (("api",), ("worker", "generate"))
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def _serving_options() -> dict[str, Any]:
 
 
 @contextmanager
-def service(engine: str, folder: Path, **variables: str) -> Iterator[str]:
+def service(
+    engine: str, folder: Path, processes: tuple[tuple[str, ...], ...] = PROCESSES, **variables: str
+) -> Iterator[str]:
     """URL of an API that is up, with a generator of that engine behind it."""
     with ExitStack() as stack:
         source = stack.enter_context(databases("sqlite", durable=True))
@@ -148,7 +151,7 @@ def service(engine: str, folder: Path, **variables: str) -> Iterator[str]:
         }
         if not environment["ANNEAL_VLLM_PYTHON"]:
             del environment["ANNEAL_VLLM_PYTHON"]
-        for command in (("api",), ("worker", "generate")):
+        for command in processes:
             stack.enter_context(_process((sys.executable, "-m", "cli.main", *command), environment))
         url = f"http://127.0.0.1:{port}"
         _wait_for(f"{url}/health/live")
