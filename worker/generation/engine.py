@@ -120,6 +120,11 @@ def too_long(request: GenerationRequest, prompt_tokens: int, context_tokens: int
     )
 
 
+def knows_no_tools(name: str) -> BadRequest:
+    """The error of tools for a model whose chat template would leave them out of the prompt."""
+    return BadRequest(f"the chat template of {name!r} knows no tools; use a model whose template does", param="tools")
+
+
 def unsupported(key: str, value: Any, engine: str) -> BadRequest:
     """The error of a parameter, or of a value of one, that an engine can't honour."""
     return BadRequest(

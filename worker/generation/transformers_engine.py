@@ -28,7 +28,7 @@ from shared.errors import BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
 from worker import tokenizers
-from worker.generation.engine import Send, Usage, refuse_unsupported, room_for, unsupported
+from worker.generation.engine import Send, Usage, knows_no_tools, refuse_unsupported, room_for, unsupported
 from worker.generation.planning import BLOCK_TOKENS, CachePlan, plan
 from worker.generation.sampling import Choosing, SeededSampling
 from worker.generation.text import AnswerText
@@ -207,9 +207,7 @@ class TransformersEngine:
                 param="model",
             )
         if tools and "tools" not in template:
-            raise BadRequest(
-                f"the chat template of {self.name!r} knows no tools; use a model whose template does", param="tools"
-            )
+            raise knows_no_tools(self.name)
         try:
             text = self.tokenizer.apply_chat_template(
                 body["messages"], tools=tools, tokenize=False, add_generation_prompt=True

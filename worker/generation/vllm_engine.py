@@ -19,7 +19,7 @@ from shared.errors import AppError, BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
 from worker.generation.backends import has_gpu
-from worker.generation.engine import Send, Usage, refuse_unsupported, room_for, too_long
+from worker.generation.engine import Send, Usage, knows_no_tools, refuse_unsupported, room_for, too_long
 from worker.generation.planning import CachePlan, plan
 from worker.generation.vllm_server import SERVED_NAME, START_LIMIT_S, Server
 
@@ -114,9 +114,7 @@ class VllmEngine:
     async def answer(self, request: GenerationRequest, attempt: int, send: Send) -> Usage:
         refuse_unsupported(request, NAME, SUPPORTED)
         if request.body.get("tools") and not self._knows_tools:
-            raise BadRequest(
-                f"the chat template of {self.name!r} knows no tools; use a model whose template does", param="tools"
-            )
+            raise knows_no_tools(self.name)
         await self._check_room(request)
         path = "/v1/chat/completions" if request.endpoint == "chat" else "/v1/completions"
         extra: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}, "model": SERVED_NAME}

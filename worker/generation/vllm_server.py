@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 SERVED_NAME = "model"
 START_LIMIT_S = 300.0
-"""The first start of a model compiles its kernels, which are kept for the next."""
+"""On GPUs the first start of a model compiles its kernels, which are kept for the next."""
 POLL_S = 0.25
 HEALTH_EVERY_S = 2.0
 SILENT_AFTER_S = 20.0
