@@ -33,7 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="anneal-bench-") as name:
         processes = (("api",), ("worker", "generate"), ("worker", "batch"))
-        with service(options.engine, Path(name), processes, ANNEAL_GENERATION_SLOTS="8") as url:
+        with service(options.engine, Path(name), processes, ANNEAL_GENERATION_SLOTS="8") as (url,):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
             _ask(client, 0)
             idle = _live(client, options.seconds)

@@ -170,7 +170,7 @@ def _text(responses: Any) -> str:
 @contextmanager
 def _serving(engine: str, folder: Path) -> Iterator[str]:
     folder.mkdir()
-    with service(engine, folder, ANNEAL_GENERATION_DTYPE="float32") as url:
+    with service(engine, folder, ANNEAL_GENERATION_DTYPE="float32") as (url,):
         body = {"model": MODEL, "prompt": "a", "max_tokens": 1}
         httpx.post(f"{url}/v1/completions", json=body, timeout=400).raise_for_status()  # loaded from here on
         yield url

@@ -7,7 +7,10 @@ differ, answers are greedy and have 64 tokens (an answer that ends sooner counts
 
     python -m benchmarks.serving [--sides anneal-transformers,anneal-vllm,vllm,transformers] [--out FILE]
 
-vLLM's sides need ANNEAL_VLLM_PYTHON (`make setup-vllm`).
+vLLM's sides need ANNEAL_VLLM_PYTHON (`make setup-vllm`). On a GPU, where one process can't ask for all that comes:
+
+    python -m benchmarks.serving --streams 1,8,32,128,512 --max-tokens 256 --memory-gib 40 --clients 4 --apis 4 \
+        --models-dir FOLDER
 """
 
 import argparse
@@ -49,9 +52,33 @@ PROCESSES = (("api",), ("worker", "generate"))
 class Side:
     """A server that is up: where, by which socket if not by TCP, and what the model is called there."""
 
-    url: str
+    urls: tuple[str, ...]
+    """Clients take turns at them."""
     model: str
     uds: str | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients ask for."""
+
+    streams: int
+    seconds: float
+    max_tokens: int
+    processes: int
+    """Client processes, which share the streams."""
+
+
+@dataclass
+class Found:
+    """What one client process saw of its streams."""
+
+    answers: int
+    tokens: float
+    """Within the time; of an answer that was not whole then, its share."""
+    first_ms: list[float]
+    gaps_ms: list[float]
+    cores: float
 
 
 def main() -> int:
@@ -60,7 +87,7 @@ def main() -> int:
         "command": "python -m benchmarks.serving " + " ".join(sys.argv[1:]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "model": MODEL,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": options.max_tokens,
         "seconds_each": options.seconds,
         "rounds": options.rounds,
         "sides": {side: {} for side in options.sides},
@@ -68,9 +95,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="anneal-bench-") as folder:
         for number in range(options.rounds):
             for side in options.sides:
-                with _running(side, Path(folder) / f"{side}-{number}") as running:
+                with _running(side, Path(folder) / f"{side}-{number}", options) as running:
                     for streams in options.streams:
-                        found = _measure(running, streams, options.seconds)
+                        load = Load(streams, options.seconds, options.max_tokens, min(streams, options.clients))
+                        found = _measure(running, load)
                         results["sides"][side].setdefault(str(streams), []).append(found)
                         print(f"{side}, {streams} streams: {json.dumps(found)}", flush=True)
     results["ratios"] = _ratios(results["sides"])
@@ -86,6 +114,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--streams", type=lambda text: [int(part) for part in text.split(",")], default=list(STREAMS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each number of streams, warm-up apart")
     parser.add_argument("--rounds", type=int, default=1, help="how often every side has its turn")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of each answer")
+    parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--apis", type=int, default=1, help="API processes")
+    parser.add_argument("--generators", type=int, default=1, help="generator processes")
+    parser.add_argument("--memory-gib", type=int, default=4, help="ANNEAL_GENERATION_MEMORY_BYTES")
+    parser.add_argument("--models-dir", type=Path, help="ANNEAL_MODELS_DIR, if the model is to come from there")
     parser.add_argument("--out", type=Path, help="where the numbers go, as JSON")
     return parser.parse_args()
 
@@ -103,59 +137,67 @@ def _ratios(sides: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _running(side: str, folder: Path) -> Iterator[Side]:
+def _running(side: str, folder: Path, options: argparse.Namespace) -> Iterator[Side]:
     folder.mkdir()
-    base = resolve(MODEL, Settings(data=folder.parent / "weights")).path
+    base = resolve(MODEL, Settings(data=folder.parent / "weights", models_dir=options.models_dir)).path
+    sizes: dict[str, Any] = {
+        "generation_slots": max(options.streams),
+        "generation_queue": max(256, *options.streams),
+        "generation_memory_bytes": options.memory_gib * 2**30,
+    }
     if side.startswith("anneal-"):
-        with service(side.removeprefix("anneal-"), folder) as url:
-            yield Side(url, MODEL)
+        processes = (*(("api",),) * options.apis, *(("worker", "generate"),) * options.generators)
+        variables = {f"ANNEAL_{name.upper()}": str(value) for name, value in sizes.items()}
+        if options.models_dir:
+            variables["ANNEAL_MODELS_DIR"] = str(options.models_dir)
+        with service(side.removeprefix("anneal-"), folder, processes, **variables) as urls:
+            yield Side(urls, MODEL)
     elif side == "vllm":
         from worker.generation.vllm_engine import VllmBackend
 
-        backend = VllmBackend(Settings(data=folder.parent / "vllm", **_serving_options()))
+        backend = VllmBackend(Settings(data=folder.parent / "vllm", **sizes))
         engine = backend.load(base, MODEL, backend.plan(base, MODEL))
         try:
-            yield Side("http://vllm", "model", str(engine._server.socket))
+            yield Side(("http://vllm",), "model", str(engine._server.socket))
         finally:
             engine.close()
     else:
         with _transformers_serve(base) as url:
-            yield Side(url, str(base))
-
-
-def _serving_options() -> dict[str, Any]:
-    return {"generation_slots": max(STREAMS), "vllm_python": os.environ.get("ANNEAL_VLLM_PYTHON")}
+            yield Side((url,), str(base))
 
 
 @contextmanager
 def service(
     engine: str, folder: Path, processes: tuple[tuple[str, ...], ...] = PROCESSES, **variables: str
-) -> Iterator[str]:
-    """URL of an API that is up, with a generator of that engine behind it."""
+) -> Iterator[tuple[str, ...]]:
+    """URLs of APIs that are up, with generators of that engine behind them."""
     with ExitStack() as stack:
         source = stack.enter_context(databases("sqlite", durable=True))
         redis_url = stack.enter_context(running_valkey())
-        port = _free_port()
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ANNEAL_")},
             "ANNEAL_DATA": str(folder / "data"),
             "ANNEAL_DATABASE_URL": source.fresh("bench", folder),
             "ANNEAL_REDIS_URL": redis_url,
-            "ANNEAL_PORT": str(port),
             "ANNEAL_ENGINE": engine,
             "ANNEAL_GENERATION_SLOTS": str(max(STREAMS)),
             "ANNEAL_GENERATION_LOAD_WAIT_S": str(START_LIMIT_S),
-            "ANNEAL_VLLM_PYTHON": os.environ.get("ANNEAL_VLLM_PYTHON", ""),
+            "ANNEAL_PINNED_MODELS": json.dumps([MODEL]),  # every generator is to have it before anybody measures
+            **{name: os.environ[name] for name in ("ANNEAL_VLLM_PYTHON", "ANNEAL_VLLM_OPTIONS") if name in os.environ},
             "ANNEAL_LOG_LEVEL": "warning",
             **variables,
         }
-        if not environment["ANNEAL_VLLM_PYTHON"]:
-            del environment["ANNEAL_VLLM_PYTHON"]
+        urls = []
         for command in processes:
-            stack.enter_context(_process((sys.executable, "-m", "cli.main", *command), environment))
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/health/live")
-        yield url
+            port = _free_port()
+            stack.enter_context(
+                _process((sys.executable, "-m", "cli.main", *command), {**environment, "ANNEAL_PORT": str(port)})
+            )
+            if command == ("api",):
+                urls.append(f"http://127.0.0.1:{port}")
+        for url in urls:
+            _wait_for(f"{url}/health/live")
+        yield tuple(urls)
 
 
 def _wait_for(url: str) -> None:
@@ -198,20 +240,39 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _measure(side: Side, streams: int, seconds: float) -> dict[str, Any]:
-    """In a process of its own, as clients are."""
-    with multiprocessing.get_context("spawn").Pool(1) as clients:
-        return dict(clients.apply(_clients, (side, streams, seconds)))
+def _measure(side: Side, load: Load) -> dict[str, Any]:
+    """In processes of their own, as clients are, which begin together."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(load.processes)
+    with context.Pool(load.processes, _begin_with, (barrier,)) as clients:
+        shares = [range(number, load.streams, load.processes) for number in range(load.processes)]
+        found: list[Found] = clients.starmap(_clients, [(side, load, share) for share in shares], chunksize=1)
+    return {
+        "answers": sum(one.answers for one in found),
+        "tokens_per_s": round(sum(one.tokens for one in found) / load.seconds, 1),
+        "first_token_ms": _percentiles([value for one in found for value in one.first_ms]),
+        "between_texts_ms": _percentiles([value for one in found for value in one.gaps_ms]),
+        "client_cores": round(sum(one.cores for one in found), 2),
+    }
 
 
-def _clients(side: Side, streams: int, seconds: float) -> dict[str, Any]:
-    return asyncio.run(_drive(side, streams, seconds))
+def _begin_with(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
 
 
-async def _drive(side: Side, streams: int, seconds: float) -> dict[str, Any]:
-    connector = aiohttp.UnixConnector(side.uds) if side.uds else aiohttp.TCPConnector(limit=0)
+_barrier: Any = None
+"""Of this client process and its siblings."""
+
+
+def _clients(side: Side, load: Load, share: range) -> Found:
+    return asyncio.run(_drive(side, load, share))
+
+
+async def _drive(side: Side, load: Load, share: range) -> Found:
+    connector = aiohttp.UnixConnector(side.uds, limit=0) if side.uds else aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=2**18) as session:
         await _ready(session, side)
         first_ms: list[float] = []
         gaps_ms: list[float] = []
@@ -222,7 +283,7 @@ async def _drive(side: Side, streams: int, seconds: float) -> dict[str, Any]:
             tokens = 0
             asked_at = last_at = time.perf_counter()
             is_first = True
-            async for made in _answer(session, side, number):
+            async for made in _answer(session, side, number, load.max_tokens):
                 at = time.perf_counter()
                 if made.get("text"):
                     (first_ms if is_first else gaps_ms).append((at - (asked_at if is_first else last_at)) * 1000)
@@ -233,25 +294,19 @@ async def _drive(side: Side, streams: int, seconds: float) -> dict[str, Any]:
         async def many(number: int) -> None:
             while time.perf_counter() < until:
                 await one(number)
-                number += streams
+                number += load.streams
 
-        await asyncio.gather(*(one(number) for number in range(streams)))  # warm-up
+        await asyncio.gather(*(one(number) for number in share))  # warm-up
         first_ms.clear()
         gaps_ms.clear()
         spans.clear()
+        await asyncio.to_thread(_barrier.wait)
         cpu_before, began = time.process_time(), time.perf_counter()
-        until = began + seconds
-        await asyncio.gather(*(many(number) for number in range(streams)))
+        until = began + load.seconds
+        await asyncio.gather(*(many(number) for number in share))
         spent_s = time.perf_counter() - began
-        # Of an answer that was not whole in time, the share that was.
         tokens = sum(made * (min(ended, until) - asked) / (ended - asked) for asked, ended, made in spans)
-        return {
-            "answers": len(spans),
-            "tokens_per_s": round(tokens / seconds, 1),
-            "first_token_ms": _percentiles(first_ms),
-            "between_texts_ms": _percentiles(gaps_ms),
-            "client_cores": round((time.process_time() - cpu_before) / spent_s, 2),
-        }
+        return Found(len(spans), tokens, first_ms, gaps_ms, (time.process_time() - cpu_before) / spent_s)
 
 
 async def _ready(session: aiohttp.ClientSession, side: Side) -> None:
@@ -259,7 +314,7 @@ async def _ready(session: aiohttp.ClientSession, side: Side) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while True:
         try:
-            async for _ in _answer(session, side, 0):
+            async for _ in _answer(session, side, 0, MAX_TOKENS):
                 pass
         except (aiohttp.ClientError, ValueError, OSError):
             if time.monotonic() > deadline:
@@ -269,18 +324,18 @@ async def _ready(session: aiohttp.ClientSession, side: Side) -> None:
             return
 
 
-async def _answer(session: aiohttp.ClientSession, side: Side, number: int) -> Any:
+async def _answer(session: aiohttp.ClientSession, side: Side, number: int, max_tokens: int) -> Any:
     """Yields what each event brought: text or not, and with the usage the tokens of the answer so far."""
     question = f"Question {number}: write a long text about {SUBJECTS[number % len(SUBJECTS)]}, with many details."
     body = {
         "model": side.model,
         "messages": [{"role": "user", "content": question}],
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    async with session.post(f"{side.url}/v1/chat/completions", json=body) as response:
+    async with session.post(f"{side.urls[number % len(side.urls)]}/v1/chat/completions", json=body) as response:
         if response.status != 200:
             raise ValueError(f"{response.status}: {await response.text()}")
         rest = b""

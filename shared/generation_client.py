@@ -55,12 +55,13 @@ DEADLINE_GRACE_S = 2.0
 """The generator speaks first about a passed deadline; this is for one that can't."""
 
 _SUBMIT = """
+redis.call('SET', KEYS[2], 1, 'PX', ARGV[4])
 if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then return false end
 local id = redis.call('XADD', KEYS[1], '*', 'request', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return id
 """
-"""Count and add in one step, so that API processes together keep to the bound."""
+"""Say that the reader lives; count and add in one step, so that API processes together keep to the bound."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +216,13 @@ class GenerationClient:
         answer = Answer(self, request)
         self._waiting[request.id] = answer  # before it is sent: the first chunk may be faster than the confirmation
         try:
-            await self._redis.set(alive_key(self._replies), 1, px=SILENT_MS)
             entry_id = await self._submit_script(
-                keys=[REQUESTS[kind]],
+                keys=[REQUESTS[kind], alive_key(self._replies)],
                 args=[
                     self._settings.generation_queue,
                     request.model_dump_json(),
                     int((deadline_s + KEY_TTL_S) * 1000),
+                    SILENT_MS,
                 ],
             )
         except (RedisError, OSError) as error:

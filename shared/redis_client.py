@@ -23,10 +23,14 @@ def connect(settings: Settings) -> redis.Redis:
 
 
 def connect_async(settings: Settings, max_connections: int = 100) -> redis.asyncio.Redis:
-    """A pooled client for the event loop. A call that blocks holds one connection for as long."""
-    return redis.asyncio.Redis.from_url(
-        settings.resolved_redis_url,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=READ_TIMEOUT_S,
-        max_connections=max_connections,
+    """A pooled client for the event loop. A call that blocks holds one connection for as long; when all are taken, the
+    next call waits for one."""
+    return redis.asyncio.Redis.from_pool(
+        redis.asyncio.BlockingConnectionPool.from_url(
+            settings.resolved_redis_url,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=READ_TIMEOUT_S,
+            max_connections=max_connections,
+            timeout=READ_TIMEOUT_S,
+        )
     )

@@ -86,6 +86,8 @@ class Settings(BaseSettings):
     """What generates. `auto`: `vllm` where there is an NVIDIA GPU and `vllm_python` is set, else `transformers`."""
     vllm_python: Path | None = None
     """The interpreter of the environment that has vLLM, which can't share ours; `make setup-vllm` builds one."""
+    vllm_options: tuple[str, ...] = ()
+    """More of `vllm serve`'s own options, after ours: a JSON list like `["--api-server-count", "4"]`."""
     generation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format models are served in. `auto`: bfloat16 where the hardware computes in it."""
     generation_memory_bytes: int = Field(default=4 * BYTES_PER_GIB, gt=0)

@@ -63,8 +63,8 @@ class Server:
         self._heard_at = 0.0
         command = (
             *(sys.executable, "-m", "worker.generation.keeper"),
-            *(str(settings.vllm_python), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(folder), "--served-model-name", SERVED_NAME, "--uds", str(self.socket)),
+            *(str(settings.vllm_python), "-m", "anneal_serve"),
+            *(str(folder), "--served-model-name", SERVED_NAME, "--uds", str(self.socket)),
             *("--dtype", dtype, "--max-model-len", str(cache.context_tokens)),
             *("--max-num-seqs", str(settings.generation_sequences), "--kv-cache-memory-bytes", str(cache.cache_bytes)),
             # What OpenAI takes when nothing is said, not what a checkpoint's author preferred.
@@ -73,6 +73,7 @@ class Server:
             *("--scheduling-policy", "priority", "--disable-uvicorn-access-log", "--disable-log-stats"),
             *("--worker-extension-cls", "anneal_exchange.WeightExchange"),
             *DEVICE_OPTIONS[device],
+            *settings.vllm_options,
         )
         self._process = subprocess.Popen(
             command,
@@ -233,6 +234,7 @@ def _environment(settings: Settings, folder: str) -> dict[str, str]:
         "TMPDIR": folder,  # its processes' sockets and files, which it leaves behind when it is killed
         "VLLM_RPC_BASE_PATH": folder,
         "VLLM_SERVER_DEV_MODE": "1",  # for the exchange of weights; the socket is in a folder of this user alone
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
