@@ -12,6 +12,27 @@ from worker.generation.text import overlap
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
+def for_template(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as chat templates want them: the arguments of earlier calls as objects, where OpenAI has JSON.
+
+    What a model wrote and is no JSON object stays the text it is: a client must be able to send it back.
+    """
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call["function"]["arguments"] or "{}")
+    except ValueError:
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
 class ToolCallText:
     """Parts one answer's text into what is said and what is called, as it comes."""
 

@@ -33,7 +33,7 @@ from worker.generation.planning import BLOCK_TOKENS, CachePlan, plan
 from worker.generation.sampling import Choosing, SeededSampling
 from worker.generation.text import AnswerText
 from worker.generation.token_scores import TokenEntries
-from worker.generation.tool_calls import ToolCallText
+from worker.generation.tool_calls import ToolCallText, for_template
 
 log = logging.getLogger(__name__)
 
@@ -208,10 +208,9 @@ class TransformersEngine:
             )
         if tools and "tools" not in template:
             raise knows_no_tools(self.name)
+        messages = for_template(body["messages"])
         try:
-            text = self.tokenizer.apply_chat_template(
-                body["messages"], tools=tools, tokenize=False, add_generation_prompt=True
-            )
+            text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise BadRequest(
                 f"the chat template of {self.name!r} refuses these messages: {error}", param="messages"
