@@ -296,8 +296,8 @@ def give_back(session: Session, batch_id: str, fence: int, delay_s: float = 0) -
 def postpone_or_fail(
     session: Session, batch_id: str, fence: int, reason: str, max_faults: int, delay_s: float
 ) -> Batch:
-    """End a claim that went wrong. The next one waits `delay_s`, twice as long each time; the batch fails once
-    `max_faults` in a row brought no line its result.
+    """End a claim that went wrong. The next one waits `delay_s`, twice as long each time; the batch ends once
+    `max_faults` in a row brought no line its result: failed, or expired early if some lines have theirs.
 
     Raises:
         LeaseLost: as `owned`.
@@ -306,7 +306,10 @@ def postpone_or_fail(
     if batch.faults >= max_faults:
         message = f"{reason} ({batch.faults} times in a row); create the batch again, or ask the operator"
         error = {"code": "infrastructure_fault", "line": None, "message": message, "param": None}
-        return fail(session, batch_id, fence, [error])
+        if batch.status != BatchStatus.IN_PROGRESS or not batch.completed + batch.failed or batch.expires_at <= clock(session):
+            return fail(session, batch_id, fence, [error])
+        # Its answers are kept: it expires at once, and whoever claims it next writes the files.
+        return owned(session, batch_id, fence, lease_until=None, worker=None, errors=[error], expires_at=now())
     wait_s = min(delay_s * 2 ** (batch.faults - 1), MAX_RETRY_DELAY_S)
     return owned(session, batch_id, fence, lease_until=None, worker=None, not_before=now() + wait_s)
 

@@ -7,6 +7,7 @@ happens anyway (`modalities: ["text"]`). A parameter that OpenAI does not have i
 """
 
 import json
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -33,6 +34,11 @@ MAX_STOP_CHARACTERS = 256
 MAX_METADATA = 16
 
 MAX_TOOLS = 128
+MAX_PARTS = 4096
+"""Of the content of all messages."""
+MAX_JSON_DEPTH = 64
+MAX_BIASES = 1024
+MAX_TOKEN_ID_DIGITS = 10
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 
@@ -65,6 +71,27 @@ def _encodable(text: str) -> str:
 
 
 Unicode = Annotated[StrictStr, AfterValidator(_encodable)]
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    """What clients send as JSON may hold what can't be sent on as JSON."""
+    left: list[tuple[Any, int]] = [(value, 1)]
+    while left:
+        item, depth = left.pop()
+        if depth > MAX_JSON_DEPTH:
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+        if isinstance(item, str):
+            _encodable(item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"{item} is not JSON")
+        elif isinstance(item, dict):
+            left += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            left += [(part, depth + 1) for part in item]
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 
 
 class _Strict(BaseModel):
@@ -145,7 +172,7 @@ class ChatMessage(_Strict):
 class Function(_Strict):
     name: Annotated[Unicode, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: Unicode | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: StrictBool | None = None
 
 
@@ -166,7 +193,7 @@ class NamedTool(_Strict):
 class JsonSchema(_Strict):
     name: Annotated[Unicode, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: Unicode | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: StrictBool | None = None
 
 
@@ -238,8 +265,10 @@ class GenerationParameters(_Strict):
     @field_validator("logit_bias")
     @classmethod
     def _of_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if len(value or {}) > MAX_BIASES:
+            raise ValueError(f"{len(value or {})} biases; up to {MAX_BIASES} are possible")
         for key in value or {}:
-            if not key.isascii() or not key.isdecimal():
+            if not key.isascii() or not key.isdecimal() or len(key) > MAX_TOKEN_ID_DIGITS:
                 raise ValueError(f'{key[:20]!r} is no token id; the keys are ids, such as "198"')
         return value
 
@@ -288,6 +317,17 @@ class ChatRequest(GenerationParameters):
     safety_identifier: Annotated[StrictStr, Field(max_length=512)] | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[StrictStr, Field(max_length=512)]] | None = None
     """`safety_identifier` and `metadata` change nothing about an answer; accepted, checked, not kept."""
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _bounded_parts(cls, value: Any) -> Any:
+        """Before each is looked at, which takes its time."""
+        messages = value if isinstance(value, list) else []
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        parts = sum(len(content) for content in contents if isinstance(content, list))
+        if parts > MAX_PARTS:
+            raise ValueError(f"{parts} parts of content; up to {MAX_PARTS} are possible, and each may be long")
+        return value
 
     @field_validator("metadata")
     @classmethod

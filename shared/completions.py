@@ -46,7 +46,7 @@ class Offsets:
     """Where each token's text begins in its choice: the older endpoint wants to know."""
 
     def __init__(self) -> None:
-        self._next: dict[int, int] = defaultdict(int)
+        self._before: dict[int, bytes] = defaultdict(bytes)
 
     def logprobs(self, index: int, entries: Sequence[dict[str, Any]] | None) -> dict[str, Any] | None:
         """Entries as chat has them, in the older endpoint's shape."""
@@ -54,10 +54,10 @@ class Offsets:
             return None
         offsets = []
         for entry in entries:
-            offsets.append(self._next[index])
-            self._next[index] += len(entry["token"])
+            offsets.append(len(self._before[index].decode(errors="ignore")))
+            self._before[index] += bytes(entry["bytes"] or b"")
         return {
-            "tokens": [entry["token"] for entry in entries],
+            "tokens": [_spelt(entry) for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [_by_token(entry) for entry in entries],
             "text_offset": offsets,
@@ -68,8 +68,16 @@ def _by_token(entry: dict[str, Any]) -> dict[str, float] | None:
     """The likeliest tokens of a place, and the one that is there."""
     if entry["logprob"] is None:
         return None
-    found = {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
-    return {entry["token"]: entry["logprob"], **found}
+    found = {_spelt(top): top["logprob"] for top in entry["top_logprobs"]}
+    return {_spelt(entry): entry["logprob"], **found}
+
+
+def _spelt(entry: dict[str, Any]) -> str:
+    """A token's text; of one that is part of a character its bytes, as OpenAI writes them."""
+    token: str = entry["token"]
+    if "\ufffd" not in token or entry["bytes"] is None:
+        return token
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
 
 
 @dataclass

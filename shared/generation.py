@@ -15,7 +15,8 @@ Who notices what:
   one (`attempt` + 1); after that its client gets an error, because text can't be taken back.
 - chunks carry (id, attempt, sequence). The API follows the first attempt that sends text, drops repeats, and turns a
   gap into an error.
-- an API process keeps `replies:<api>:alive`; when it is gone, generators cancel what that process had asked for.
+- an API process keeps `replies:<api>:alive`; when it is gone and stays so, generators end what that process had asked
+  for, with an error in case it lives after all.
 
 All ages are measured by Redis's clock: hosts may disagree about the time.
 """
@@ -54,6 +55,8 @@ BEAT_S = 1.0
 """How often both sides say that they live, and look after the other."""
 SILENT_MS = 10_000
 """A generator or an API process that has said nothing for this long is taken for dead."""
+GONE_S = 3.0
+"""Beats that may be missing after the broker was away, before whoever did not say them is taken for dead."""
 MAX_ATTEMPTS = 3
 """Generators that may die of one request before its client gets an error."""
 KEY_TTL_S = 60

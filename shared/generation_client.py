@@ -21,6 +21,7 @@ from shared.generation import (
     BEAT_S,
     CANCELS,
     GENERATORS,
+    GONE_S,
     GROUP,
     KEY_TTL_S,
     MAX_CANCELS,
@@ -54,9 +55,15 @@ READ_BLOCK_MS = 1_000
 DEADLINE_GRACE_S = 2.0
 """The generator speaks first about a passed deadline; this is for one that can't."""
 
+MAX_PIECES = 256
+"""Of an answer that nobody fetches, before they are joined."""
+MAX_QUEUED_BYTES = 64 * 2**20
+"""Of the requests of one kind that wait, beside the one that comes: the broker has other work, too."""
+
 _SUBMIT = """
 redis.call('SET', KEYS[2], 1, 'PX', ARGV[4])
 if redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[1]) then return false end
+if (redis.call('MEMORY', 'USAGE', KEYS[1]) or 0) > tonumber(ARGV[5]) then return false end
 local id = redis.call('XADD', KEYS[1], '*', 'request', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return id
@@ -143,6 +150,8 @@ class Answer:
         if isinstance(chunk, Delta):
             self.has_begun = True
             self._choices += chunk.choices
+            if len(self._choices) > MAX_PIECES:
+                self._choices = joined(self._choices)
             self._news.set()
         elif isinstance(chunk, Error):
             self.fail(chunk.to_exception())
@@ -164,6 +173,11 @@ class GenerationClient:
         self._last_read = "0"
         self._reached_at = time.monotonic()
         self._generator_seen_at = time.monotonic()
+        self._seen_at: dict[str, float] = {}
+        """When each generator was last known to live."""
+        self._back_at = 0.0
+        """When the broker was last back after it had been away."""
+        self._is_away = False
         self._loops: list[asyncio.Task[None]] = []
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -223,6 +237,7 @@ class GenerationClient:
                     request.model_dump_json(),
                     int((deadline_s + KEY_TTL_S) * 1000),
                     SILENT_MS,
+                    MAX_QUEUED_BYTES,
                 ],
             )
         except (RedisError, OSError) as error:
@@ -238,7 +253,7 @@ class GenerationClient:
             self._forget(answer)
             raise TooManyRequests(
                 f"{self._settings.generation_queue} generation requests are waiting already "
-                "(ANNEAL_GENERATION_QUEUE); try again later",
+                f"(ANNEAL_GENERATION_QUEUE), or {MAX_QUEUED_BYTES // 2**20} MiB of them; try again later",
                 retry_after_s=5,
             )
         answer.entry_id = entry_id
@@ -272,7 +287,9 @@ class GenerationClient:
             try:
                 await self._look_after()
                 self._reached_at = time.monotonic()
+                self._is_away = False
             except (RedisError, OSError) as error:
+                self._is_away = True
                 log.warning("generators can't be watched: %s", error)
                 if time.monotonic() - self._reached_at > BROKER_WAIT_S:
                     for answer in list(self._waiting.values()):
@@ -283,7 +300,7 @@ class GenerationClient:
 
     async def _look_after(self) -> None:
         """Say that this process lives, and give up on requests that nobody will answer."""
-        unowned = [answer for answer in self._waiting.values() if answer.generator is None and answer.entry_id]
+        unowned = [answer for answer in self._waiting.values() if not answer.has_begun and answer.entry_id]
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.set(alive_key(self._replies), 1, px=SILENT_MS)
         pipeline.expire(self._replies, KEY_TTL_S)
@@ -295,18 +312,27 @@ class GenerationClient:
         _, _, _, (seconds, microseconds), beats, *entries = await pipeline.execute()
         now_ms = seconds * 1000 + microseconds // 1000
         alive = {name.decode() for name, beaten_ms in beats if now_ms - beaten_ms < SILENT_MS}
+        here = time.monotonic()
+        if self._is_away:
+            self._back_at = here
+        self._seen_at |= dict.fromkeys(alive, here)
+        self._seen_at = {name: at for name, at in self._seen_at.items() if here - at < KEY_TTL_S}
         if alive:
-            self._generator_seen_at = time.monotonic()
+            self._generator_seen_at = here
         lost = {answer.request.id for answer, entry in zip(unowned, entries, strict=True) if not entry}
         for answer in list(self._waiting.values()):
-            self._judge(answer, alive, is_lost=answer.request.id in lost)
+            self._judge(answer, is_lost=answer.request.id in lost)
 
-    def _judge(self, answer: Answer, alive: set[str], *, is_lost: bool) -> None:
+    def _is_dead(self, generator: str, since: float) -> bool:
+        """A broker that was away or forgot everything has lost the beats of those who live: they get time for one."""
+        return time.monotonic() - max(self._seen_at.get(generator, since), self._back_at) > GONE_S
+
+    def _judge(self, answer: Answer, *, is_lost: bool) -> None:
         age_s = time.monotonic() - answer.submitted_at
         if age_s > answer.request.deadline_s + DEADLINE_GRACE_S:
             answer.fail(deadline_passed(answer.request.deadline_s))
             self._abandon(answer)
-        elif answer.has_begun and answer.generator not in alive:
+        elif answer.has_begun and self._is_dead(answer.generator or "", answer.submitted_at):
             answer.fail(Unavailable("the generator died while it answered; try again", code="generator_lost"))
         elif not answer.has_begun and min(age_s, time.monotonic() - self._generator_seen_at) > NO_GENERATOR_WAIT_S:
             answer.fail(
@@ -318,7 +344,7 @@ class GenerationClient:
                 )
             )
             self._abandon(answer)
-        elif is_lost and answer.generator is None:
+        elif is_lost and (answer.generator is None or self._is_dead(answer.generator, answer.submitted_at)):
             # Its first chunk may be on its way; a second look, a beat later, is sure.
             if answer.missing_since is None:
                 answer.missing_since = time.monotonic()

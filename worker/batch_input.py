@@ -7,7 +7,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -122,10 +122,11 @@ def check(stream: BinaryIO, endpoint: str, is_interrupted: Callable[[], bool]) -
     return Summary(total, model[0])
 
 
-def read_requests(stream: BinaryIO, endpoint: str) -> Iterator[Request]:
-    """The requests of a file that was valid."""
+def read_requests(stream: BinaryIO, endpoint: str, done: Container[int] = ()) -> Iterator[Request]:
+    """The requests of a file that was valid, without those of the lines that are done."""
     for number, line in _lines(stream):
-        yield _parse(number, line, endpoint)
+        if number not in done:
+            yield _parse(number, line, endpoint)
 
 
 def parse_body(body: dict[str, Any], endpoint: str) -> ChatRequest | CompletionRequest:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
@@ -113,6 +114,7 @@ class Run:
         self._unsaved: list[Result] = []
         self._has_room = asyncio.Event()
         self._recording = asyncio.Lock()
+        self._reading = asyncio.Lock()
         self._halt = asyncio.Event()
         """Set with any of the next four: no more lines are to be done."""
         self._is_lost = self._is_shut_down = self._is_cancelled = self._has_expired = False
@@ -135,6 +137,8 @@ class Run:
             await self._try(batches.give_back, batch.id, batch.fence, STORAGE_RETRY_S)
         except Exception as error:
             log.exception("%s can't go on for now", batch.id)
+            with suppress(SQLAlchemyError, LeaseLost, _Stopped):
+                await self._save_rest()
             reason, delay_s = f"{type(error).__name__}: {error}"[:300], self._settings.retry_delay_s
             await self._try(batches.postpone_or_fail, batch.id, batch.fence, reason, self._settings.max_faults, delay_s)
         finally:
@@ -199,7 +203,7 @@ class Run:
         if not self._halt.is_set():
             done = await self._read(lambda session: batches.finished_lines(session, self._batch.id))
             model = await self._read(self._model)
-            waiting = (request for request in self._requests(stream) if request.line not in done)
+            waiting = self._requests(stream, done)
             feeders = {asyncio.create_task(self._feed(waiting, model)) for _ in range(self._settings.batch_requests)}
             halt = asyncio.create_task(self._halt.wait())
             busy = set(feeders)
@@ -215,9 +219,14 @@ class Run:
         if self._is_cancelled or self._has_expired:
             await self._give_up(stream)
 
-    def _requests(self, stream: BinaryIO) -> Iterator[batch_input.Request]:
+    def _requests(self, stream: BinaryIO, done: set[int]) -> Iterator[batch_input.Request]:
         stream.seek(0)
-        return batch_input.read_requests(stream, self._batch.endpoint)
+        return batch_input.read_requests(stream, self._batch.endpoint, done)
+
+    async def _next_of(self, waiting: Iterator[T], count: int = 1) -> list[T]:
+        """Read in a thread, by one at a time: a line of megabytes must not hold up the others' answers."""
+        async with self._reading:
+            return await asyncio.to_thread(lambda: list(islice(waiting, count)))
 
     def _model(self, session: Session) -> NamedModel | ModelNotFound:
         """The batch's model, or the result of every line that is left: it may have been deleted meanwhile."""
@@ -227,8 +236,8 @@ class Run:
             return error
 
     async def _feed(self, waiting: Iterator[batch_input.Request], model: NamedModel | ModelNotFound) -> None:
-        for request in waiting:
-            self._unsaved.append(await self._result_of(request, model))
+        while found := await self._next_of(waiting):
+            self._unsaved.append(await self._result_of(found[0], model))
             if len(self._unsaved) >= MAX_UNSAVED:
                 self._has_room.clear()
                 await self._has_room.wait()
@@ -237,9 +246,15 @@ class Run:
         try:
             if isinstance(model, ModelNotFound):
                 raise model
-            body = await self._answer(batch_input.parse_body(request.body, self._batch.endpoint), model)
+            spec = await asyncio.to_thread(batch_input.parse_body, request.body, self._batch.endpoint)
+            body = await self._answer(spec, model)
         except AppError as error:
             return _result(request, response=_response(error.status_code, error.body()), is_error=True)
+        except Exception:
+            # One line's matter, and not the other lines'.
+            log.exception("line %d of %s can't be answered", request.line, self._batch.id)
+            failure = AppError("this request could not be processed; the worker's log has the details")
+            return _result(request, response=_response(failure.status_code, failure.body()), is_error=True)
         usage = body["usage"]
         return _result(request, response=_response(200, body))._replace(
             input_tokens=usage["prompt_tokens"], output_tokens=usage["completion_tokens"]
@@ -288,11 +303,12 @@ class Run:
         """Give every line that has no result the one that says why."""
         code, message = CANCELLED if self._is_cancelled else EXPIRED
         done = await self._read(lambda session: batches.finished_lines(session, self._batch.id))
-        for request in self._requests(stream):
-            if request.line not in done:
-                self._unsaved.append(_result(request, error={"code": code, "message": message}, is_error=True))
-                if len(self._unsaved) >= MAX_UNSAVED:
-                    await self._save_rest()
+        waiting = self._requests(stream, done)
+        while found := await self._next_of(waiting, RECORD_AT_ONCE):
+            error = {"code": code, "message": message}
+            self._unsaved += [_result(request, error=error, is_error=True) for request in found]
+            if len(self._unsaved) >= MAX_UNSAVED:
+                await self._save_rest()
         await self._save_rest()
 
     async def _finish(self) -> None:

@@ -12,6 +12,7 @@ import openai
 import pytest
 import redis
 
+from shared.errors import Unavailable
 from shared.generation import WARM_UPS
 from shared.generation_client import GenerationClient
 from shared.settings import Settings
@@ -98,6 +99,50 @@ def test_pinned_models_are_there_at_once_and_stay(
     ask(sdk, model="acme/other")
     ask(sdk, model=third)
     assert models.locations == ["base:acme/tiny", f"base:{third}"]
+
+
+LARGE = 2_600_000
+"""Bytes for acme/slow with its cache, for a small model beside it, and for no second one of its size."""
+
+
+@pytest.fixture
+def second(settings: Settings, tmp_path: Path) -> str:
+    """Name of a model as large as acme/slow."""
+    assert settings.models_dir is not None
+    make_tiny_model(settings.models_dir / "acme" / f"second-{tmp_path.name}", layers=24, context=8192)
+    return f"acme/second-{tmp_path.name}"
+
+
+def test_a_model_too_large_beside_the_pinned_ones_is_refused_and_stops_nobody(
+    start_generator: Callable[..., RunningGenerator], sdk: openai.OpenAI, second: str
+) -> None:
+    running = start_generator(pinned_models=("acme/slow",), generation_memory_bytes=LARGE)
+    wait_until(lambda: running.generator._models.locations == ["base:acme/slow"])
+    with pytest.raises(openai.InternalServerError, match="pinned") as refused:
+        ask(sdk, model=second)
+    assert refused.value.code == "model_too_large"
+    assert ask(sdk, model="acme/other").choices
+
+
+def test_a_load_that_waits_for_room_keeps_no_smaller_one_waiting(
+    start_generator: Callable[..., RunningGenerator], sdk: openai.OpenAI, second: str
+) -> None:
+    running = start_generator(generation_memory_bytes=LARGE)
+    models = running.generator._models
+
+    async def busy() -> None:
+        async with models.use("base:acme/slow", "acme/slow"):
+            with pytest.raises(Unavailable, match="still being loaded"):
+                async with models.use(f"base:{second}", second, 0.5):
+                    raise AssertionError("there was room for both")
+            async with models.use("base:acme/other", "acme/other", 10):
+                assert models._loads, "the large one still waits for room"
+
+    assert running._loop is not None
+    asyncio.run_coroutine_threadsafe(busy(), running._loop).result(30)
+    wait_until(lambda: not models._loads)
+    assert f"base:{second}" not in models.locations, "nobody waits for it any more"
+    assert ask(sdk, model=second, max_tokens=3).choices, "now there is room"
 
 
 def test_a_model_whose_files_go_while_it_answers_finishes_its_streams(

@@ -44,6 +44,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whoever is silent for half a second is dead."""
     for module in (mailbox, generation_client):
         monkeypatch.setattr(module, "SILENT_MS", 500)
+        monkeypatch.setattr(module, "GONE_S", 0.3)
     monkeypatch.setattr(generation_client, "BEAT_S", 0.1)
     monkeypatch.setattr(generation_client, "NO_GENERATOR_WAIT_S", 1.0)
     yield
@@ -253,6 +254,69 @@ def test_of_two_that_answer_the_first_to_speak_is_heard(settings: Settings) -> N
             frozen.end(**END)
             assert await text_of(answer) == "a speaks, a ends."
             await awake.die()
+
+    play(script())
+
+
+def test_a_request_behind_many_of_the_living_is_taken_over(settings: Settings) -> None:
+    """Redis looks at a few entries for each it may hand out, and begins at the oldest unless told where it was."""
+
+    async def script() -> None:
+        async with scene(settings, "a", "b", "c") as (client, (a, b, c)):
+            answers = [await client.submit(**FIELDS) for _ in range(31)]
+            for delivery in await a.mailbox.take(30):
+                delivery.taken()
+            lost = await b.take()
+            await b.die()
+            await asyncio.sleep(0.6)
+            found = await asyncio.wait_for(c.take_over(), 3)
+            assert found.request.id == lost.request.id
+            for answer in answers:
+                answer.cancel()
+
+    play(script())
+
+
+def test_requests_that_wait_are_bounded_in_bytes(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation_client, "MAX_QUEUED_BYTES", 300_000)
+    large = {**FIELDS, "body": {**BODY, "messages": [{"role": "user", "content": "x" * 100_000}]}}
+
+    async def script() -> None:
+        async with scene(settings) as (client, _):
+            with pytest.raises(TooManyRequests, match="MiB"):
+                for _ in range(10):
+                    await client.submit(**large)
+            assert 3 <= client.waiting_count <= 5
+
+    play(script())
+
+
+def test_a_reader_is_gone_only_after_some_silence(settings: Settings, broker: redis.Redis) -> None:
+    async def script() -> None:
+        connection = connect_async(settings)
+        box = Mailbox(connection, "a")
+        assert await box.beat(["nobody"]) == set()
+        await asyncio.sleep(0.4)
+        broker.set(generation.alive_key("somebody"), 1)
+        assert await box.beat(["nobody", "somebody"]) == {"nobody"}
+        broker.delete(generation.alive_key("somebody"))
+        await connection.aclose()
+
+    play(script())
+
+
+def test_an_answer_nobody_fetches_is_kept_as_few_pieces(settings: Settings) -> None:
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            answer = await client.submit(**FIELDS)
+            delivery = await a.take()
+            for _ in range(3_000):
+                say(delivery, "x")
+            delivery.end(**END)
+            while not answer.is_settled:
+                assert len(answer._choices) <= generation_client.MAX_PIECES
+                await asyncio.sleep(0.01)
+            assert await text_of(answer) == "x" * 3_000
 
     play(script())
 

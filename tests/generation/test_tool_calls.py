@@ -1,10 +1,11 @@
 """Calls of tools are found in text however it is cut, and nothing else is taken for one."""
 
 import json
+from typing import Any
 
 import pytest
 
-from worker.generation.tool_calls import ToolCallText
+from worker.generation.tool_calls import ToolCallText, for_template
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
 
@@ -34,6 +35,41 @@ def test_several_calls_are_numbered(size: int) -> None:
     assert said.strip() == ""
     assert [call["index"] for call in calls] == [0, 1]
     assert len({str(call["id"]) for call in calls}) == 2
+
+
+def test_of_calls_past_the_wanted_one_nothing_is_said() -> None:
+    parser = ToolCallText(at_most=1)
+    said, calls = parser.push(f"{CALL}{CALL} and so on")
+    assert (said, len(calls)) == ("and so on", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('"{\\"city\\": \\"Bern\\"}"', {"city": "Bern"}),
+        ("null", {}),
+        ('"no JSON"', None),
+        ("NaN", None),
+        ("[" * 10_000, None),
+    ],
+)
+def test_arguments_are_json_or_no_call(arguments: str, wanted: object) -> None:
+    said, calls = parted(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>', 1000)
+    if wanted is None:
+        assert not calls
+        assert said.startswith("<tool_call>")
+    else:
+        assert json.loads(str(calls[0]["function"]["arguments"])) == wanted  # type: ignore[index]
+
+
+def test_templates_get_earlier_arguments_as_objects() -> None:
+    def said(arguments: str) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+    good, broken, plain = for_template([said('{"city": "Bern"}'), said('{"city": '), {"role": "user", "content": "hi"}])
+    assert good["tool_calls"][0]["function"]["arguments"] == {"city": "Bern"}
+    assert broken["tool_calls"][0]["function"]["arguments"] == '{"city": '
+    assert plain == {"role": "user", "content": "hi"}
 
 
 def test_a_call_that_is_not_closed_counts() -> None:

@@ -353,5 +353,7 @@ def test_a_server_that_dies_fails_its_requests_and_leaves_nothing(engine: VllmEn
 def test_nothing_of_it_outlives_whoever_started_it(engine: VllmEngine) -> None:
     """As a kill -9 of the generator would, the end of the keeper's input ends all of it."""
     assert engine._server._process.stdin is not None
+    assert engine._server.socket.exists()
     engine._server._process.stdin.close()
     wait_until(lambda: not members(engine), timeout_s=10)
+    assert not engine._server.socket.parent.exists(), "not even its folder"

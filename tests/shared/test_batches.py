@@ -50,6 +50,25 @@ def count_lines() -> int:
         return session.scalar(select(func.count()).select_from(BatchLine)) or 0
 
 
+def test_a_batch_at_its_wits_end_keeps_the_answers_it_has(settings: Settings) -> None:
+    """It expires at once, so that whoever claims it next writes its files; only one without any answer fails."""
+    batch = begun(settings)
+    record(batch, 1)
+    for _ in range(3):
+        with transaction() as session:
+            batches.postpone_or_fail(session, batch.id, batch.fence, "no luck", 3, 0)
+        again = claim()
+        assert again is not None
+        batch = again
+    assert batch.status == BatchStatus.IN_PROGRESS
+    assert batch.expires_at <= batch_of(batch.id).created_at + 60
+    assert batch.errors is not None
+    assert batch.errors[0]["code"] == "infrastructure_fault"
+    with transaction() as session:
+        batches.postpone_or_fail(session, batch.id, batch.fence, "no luck", 3, 0)
+    assert batch_of(batch.id).status == BatchStatus.FAILED, "not for ever"
+
+
 def test_the_oldest_batch_is_claimed_once(settings: Settings) -> None:
     first, second = (make_batch(settings, [chat_line("hi")]) for _ in range(2))
     with transaction() as session:

@@ -148,6 +148,27 @@ def test_every_line_gets_its_answer_or_its_error(settings: Settings, generator: 
         assert session.scalars(select(BatchLine.line)).all() == []
 
 
+def test_a_line_that_breaks_the_runner_costs_that_line_alone(
+    settings: Settings, generator: FakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = make_batch(settings, [chat_line(text) for text in ("a", "poison", "b")])
+    parse, seen = batch_runs.batch_input.parse_body, 0
+
+    def breaking(body: dict[str, Any], endpoint: str) -> Any:
+        nonlocal seen
+        seen += (is_poison := body["messages"][0]["content"] == "poison")
+        if is_poison and seen > 1:  # the first look was the check
+            raise RuntimeError("nobody thought of this")
+        return parse(body, endpoint)
+
+    monkeypatch.setattr(batch_runs.batch_input, "parse_body", breaking)
+    run(settings)
+    batch = batch_of(batch_id)
+    assert (batch.status, batch.completed, batch.failed, batch.faults) == (BatchStatus.COMPLETED, 2, 1, 0)
+    (failed,) = content(settings, batch.error_file_id)
+    assert failed["response"]["status_code"] == 500
+
+
 def test_a_completion_has_an_answer_for_each_prompt(settings: Settings, generator: FakeGenerator) -> None:
     batch_id = make_batch(settings, [completion_line(["x", "y"], "two")], COMPLETIONS)
     run(settings)

@@ -9,7 +9,7 @@ import functools
 import gc
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,6 +55,8 @@ class ModelCache:
         """One load at a time: two at once would compete for memory neither has yet."""
         self._freed = asyncio.Event()
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._waiting: Counter[str] = Counter()
+        """How many wait for each load."""
 
     @property
     def locations(self) -> list[str]:
@@ -76,7 +78,11 @@ class ModelCache:
         while (loaded := self._ready(location)) is None:
             load = self._load_once(location, name)
             # Not waited for itself: whoever asked first may leave, and a load in a thread can't be called back.
-            await asyncio.wait([load], timeout=wait_s)
+            self._waiting[location] += 1
+            try:
+                await asyncio.wait([load], timeout=wait_s)
+            finally:
+                self._waiting[location] -= 1
             if not load.done():
                 raise Unavailable(
                     f"the model {name!r} is still being loaded after {wait_s:g} s (ANNEAL_GENERATION_LOAD_WAIT_S); try "
@@ -93,13 +99,13 @@ class ModelCache:
             loaded.users -= 1
             self._freed.set()
 
-    async def warm_up(self, location: str, name: str) -> None:
+    async def warm_up(self, location: str, name: str, wait_s: float | None = None) -> None:
         """Load a model before anybody asks for it.
 
         Raises:
             AppError: as `use`.
         """
-        async with self.use(location, name):
+        async with self.use(location, name, wait_s):
             pass
 
     async def pin(self, location: str, name: str) -> None:
@@ -136,20 +142,34 @@ class ModelCache:
             task.exception()  # fetched, for when everybody who waited for it has left
 
     async def _load(self, location: str, name: str) -> None:
-        async with self._loading:
-            await self._load_alone(location, name)
+        while True:
+            async with self._loading:
+                if await self._load_alone(location, name):
+                    return
+                self._freed.clear()
+            # Without the lock: others' models may fit where this one does not.
+            await self._freed.wait()
+            if not +self._waiting[location]:
+                raise Unavailable(
+                    f"there was no room for the model {name!r} as long as somebody waited for it; try again",
+                    code="model_loading",
+                    retry_after_s=RETRY_AFTER_S,
+                )
 
-    async def _load_alone(self, location: str, name: str) -> None:
+    async def _load_alone(self, location: str, name: str) -> bool:
+        """Whether it is loaded now; if not, there is no room as long as all the others answer."""
         if location in self._models:  # its thread died; whoever it was answering has been told
             await self._evict(location)
         started = time.monotonic()
         folder = await asyncio.to_thread(self._folder, location, name)
         plan = await asyncio.to_thread(self._backend.plan, folder, name)
+        self._refuse_beside_pinned(plan, location, name)
         try:
             engine = await self._exchanged(plan, folder, name)
             how = "exchanged the weights for those of"
             if engine is None:
-                await self._make_room(plan.total_bytes)
+                if not await self._make_room(plan.total_bytes):
+                    return False
                 engine = await asyncio.to_thread(self._backend.load, folder, name, plan)
                 how = "loaded"
         except AppError:
@@ -164,6 +184,21 @@ class ModelCache:
         self._models[location] = Loaded(engine, is_pinned=location in self._pinned)
         took_s, size_gib = time.monotonic() - started, engine.memory_bytes / 2**30
         log.info("%s %s in %.1f s: %.2f GiB", how, location, took_s, size_gib)
+        return True
+
+    def _refuse_beside_pinned(self, plan: Plan, location: str, name: str) -> None:
+        """
+        Raises:
+            Unavailable: what is pinned never makes room for it.
+        """
+        pinned = sum(m.engine.memory_bytes for at, m in self._models.items() if m.is_pinned and at != location)
+        if pinned + plan.total_bytes > self._settings.generation_memory_bytes:
+            raise Unavailable(
+                f"the model {name!r} needs {plan.total_bytes / 2**30:.2f} GiB, and beside the pinned models "
+                f"({pinned / 2**30:.2f} GiB) there is no room for it in ANNEAL_GENERATION_MEMORY_BYTES="
+                f"{self._settings.generation_memory_bytes}",
+                code="model_too_large",
+            )
 
     def _fits(self, needed_bytes: int) -> bool:
         taken_bytes = sum(model.engine.memory_bytes for model in self._models.values())
@@ -190,14 +225,13 @@ class ModelCache:
         self._models.move_to_end(idle, last=False)
         return None
 
-    async def _make_room(self, needed_bytes: int) -> None:
+    async def _make_room(self, needed_bytes: int) -> bool:
+        """Evict until it fits; False if what is left answers somebody."""
         while not self._fits(needed_bytes):
-            self._freed.clear()
-            idle = self._idle()
-            if idle is None:
-                await self._freed.wait()
-            else:
-                await self._evict(idle)
+            if (idle := self._idle()) is None:
+                return False
+            await self._evict(idle)
+        return True
 
     async def _evict(self, location: str) -> None:
         log.info("evicting %s", location)

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 from shared.errors import BadRequest
 from shared.generation import Choice, GenerationRequest
 
+MAX_SCORES = 400_000
+"""Log-probabilities of one request: some 250 MB where they are added up to one answer."""
+
 Send = Callable[[list[Choice]], None]
 """Takes the next pieces of an answer; never waits. To be called on the event loop."""
 
@@ -100,11 +103,30 @@ def room_for(request: GenerationRequest, prompt_tokens: int, context_tokens: int
     """
     max_tokens: int | None = request.body.get("max_tokens")
     left = context_tokens - prompt_tokens
-    if max_tokens is None and left >= 1:
-        return left
-    if max_tokens is None or max_tokens > left:
+    if left < (max_tokens if max_tokens is not None else 1):
         raise too_long(request, prompt_tokens, context_tokens)
-    return max_tokens
+    room = left if max_tokens is None else max_tokens
+    refuse_too_many_scores(request, room)
+    return room
+
+
+def refuse_too_many_scores(request: GenerationRequest, tokens: int) -> None:
+    """Log-probabilities are a thousand times the size of their tokens, and all of an answer's are in memory at once.
+
+    Raises:
+        BadRequest: all choices together, of so many tokens each, may have more than `MAX_SCORES`.
+    """
+    body = request.body
+    logprobs = body.get("logprobs")
+    if logprobs is None or logprobs is False:
+        return
+    top = body.get("top_logprobs") or 0 if logprobs is True else int(logprobs)
+    if (scores := body["n"] * tokens * (1 + top)) > MAX_SCORES:
+        raise BadRequest(
+            f"{body['n']} choices of up to {tokens} tokens with {1 + top} log-probabilities each are {scores} in all; "
+            f"up to {MAX_SCORES} are possible: ask for fewer tokens (max_tokens), choices (n) or logprobs",
+            param="top_logprobs" if top else "logprobs",
+        )
 
 
 def too_long(request: GenerationRequest, prompt_tokens: int, context_tokens: int) -> BadRequest:

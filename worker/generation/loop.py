@@ -39,8 +39,6 @@ DRAIN_S = 5.0
 """How long running answers may go on after SIGTERM."""
 CLOSE_LIMIT_S = 2.0
 """How long the engines may take to stop after that."""
-FULL_POLL_S = 0.05
-"""How often a full generator looks whether it still is; a slot that frees up wakes it at once anyway."""
 
 
 def run(settings: Settings) -> None:
@@ -95,6 +93,8 @@ class Generator:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._deliveries: dict[str, Delivery] = {}
         self._slot_freed = asyncio.Event()
+        self._taking: dict[Kind, asyncio.Lock] = {kind: asyncio.Lock() for kind in REQUESTS}
+        """Who counts free slots fills them before anybody else counts."""
 
     async def serve(self, stop: asyncio.Event) -> None:
         with Heartbeat(self._settings, "generate", every_s=None) as heartbeat:
@@ -136,16 +136,20 @@ class Generator:
         return max(0, allowed - self._running_of("batch"))
 
     async def _take(self) -> None:
-        while self.free_slots == 0:
+        while self.free_slots <= 0:
             await self._slot()
-        for delivery in await self._mailbox.take(self.free_slots):
-            self._begin(delivery)
+        async with self._taking["live"]:
+            if (free := self.free_slots) > 0:
+                for delivery in await self._mailbox.take(free):
+                    self._begin(delivery)
 
     async def _take_of_batches(self) -> None:
-        while self.free_batch_slots == 0:
+        while self.free_batch_slots <= 0:
             await self._slot()
-        for delivery in await self._mailbox.take(self.free_batch_slots, "batch"):
-            self._begin(delivery)
+        async with self._taking["batch"]:
+            # One at a time: live requests may have come before the next.
+            for delivery in await self._mailbox.take(1, "batch") if self.free_batch_slots > 0 else ():
+                self._begin(delivery)
 
     async def _slot(self) -> None:
         """Until a slot has been freed."""
@@ -153,11 +157,11 @@ class Generator:
 
     async def _take_over(self) -> None:
         await asyncio.sleep(2 * BEAT_S)
-        free: dict[Kind, int] = {"live": self.free_slots, "batch": self.free_batch_slots}
         for kind in REQUESTS:
-            if free[kind]:
-                for delivery in await self._mailbox.take_over(free[kind], kind):
-                    self._begin(delivery)
+            async with self._taking[kind]:
+                if (free := self.free_slots if kind == "live" else self.free_batch_slots) > 0:
+                    for delivery in await self._mailbox.take_over(free, kind):
+                        self._begin(delivery)
 
     async def _hear_cancellations(self) -> None:
         for request_id in await self._mailbox.cancellations():
@@ -171,7 +175,11 @@ class Generator:
                 gone = await self._mailbox.beat(delivery.request.replies for delivery in self._deliveries.values())
                 for delivery in list(self._deliveries.values()):
                     if delivery.request.replies in gone:
-                        self._cancel(delivery.request.id)
+                        # Whoever lives after all must not wait for an answer that nobody makes.
+                        delivery.error(
+                            Unavailable("the process that asked was not heard of for too long", code="answer_lost")
+                        )
+                        self._running[delivery.request.id].cancel()
             except (RedisError, OSError) as error:
                 log.warning("no beat, the broker said: %s", error)
             except Exception:

@@ -20,6 +20,7 @@ from shared.errors import AppError
 from shared.generation import (
     CANCELS,
     GENERATORS,
+    GONE_S,
     GROUP,
     KEY_TTL_S,
     MAX_REPLIES,
@@ -46,6 +47,8 @@ READ_BLOCK_MS = 1_000
 RETRY_S = 0.2
 COALESCE_S = 0.02
 """Text of so long a moment is written together: no reader sees the difference, and hundreds of streams cost a tenth."""
+MAX_PENDING = 100_000
+"""Entries looked through for those of this generator; more than it can hold."""
 MAX_UNSENT = 50_000
 """Chunks kept while the broker is away; past it the oldest go, and their readers see the gap."""
 
@@ -125,6 +128,8 @@ class Mailbox:
         self._is_urgent = asyncio.Event()
         self._next_write_at = 0.0
         self._last_cancel: str | None = None
+        self._missing_since: dict[str, float] = {}
+        """Readers without a sign of life, as long as the broker has been reachable."""
 
     async def take(self, count: int, kind: Kind = "live", wait_ms: int = READ_BLOCK_MS) -> list[Delivery]:
         """Up to `count` requests that nobody has yet; an empty list after `wait_ms`.
@@ -148,9 +153,17 @@ class Mailbox:
     async def take_over(self, count: int, kind: Kind = "live") -> list[Delivery]:
         """Requests of generators that died before they sent any text."""
         try:
-            found: Any = await self._redis.xautoclaim(REQUESTS[kind], GROUP, self.name, SILENT_MS, count=count)
             mine = self._pending[kind]
-            entries = [(entry_id, fields) for entry_id, fields in found[1] if fields and entry_id not in mine]
+            cursor = b"0-0"
+            entries: list[tuple[bytes, dict[bytes, bytes]]] = []
+            while len(entries) < count:  # one call looks at ten entries for each it may take, whoever has them
+                found: Any = await self._redis.xautoclaim(
+                    REQUESTS[kind], GROUP, self.name, SILENT_MS, start_id=cursor, count=count - len(entries)
+                )
+                cursor = found[0]
+                entries += [(entry_id, fields) for entry_id, fields in found[1] if fields and entry_id not in mine]
+                if cursor == b"0-0":
+                    break
             if not entries:
                 return []
             times: Any = await self._pending_here(kind)
@@ -164,7 +177,7 @@ class Mailbox:
         )
 
     async def _pending_here(self, kind: Kind) -> Any:
-        return await self._redis.xpending_range(REQUESTS[kind], GROUP, "-", "+", 1000, consumername=self.name)
+        return await self._redis.xpending_range(REQUESTS[kind], GROUP, "-", "+", MAX_PENDING, consumername=self.name)
 
     async def _accept(self, kind: Kind, entries: list[tuple[bytes, dict[bytes, bytes], int]]) -> list[Delivery]:
         if not entries:
@@ -202,7 +215,24 @@ class Mailbox:
         return ids
 
     async def beat(self, readers: Iterable[str]) -> set[str]:
-        """Say that this generator lives and still has what it took; return the reply streams nobody reads any more."""
+        """Say that this generator lives and still has what it took; return the reply streams nobody reads any more.
+
+        A reader is gone that has been silent for `GONE_S` while the broker was there: one that forgot everything, or
+        was away, has lost the signs of life of those who live.
+
+        Raises:
+            RedisError, OSError: the broker is away.
+        """
+        try:
+            missing = await self._beat(readers)
+        except (RedisError, OSError):
+            self._missing_since.clear()
+            raise
+        now = time.monotonic()
+        self._missing_since = {key: self._missing_since.get(key, now) for key in missing}
+        return {key for key, since in self._missing_since.items() if now - since >= GONE_S}
+
+    async def _beat(self, readers: Iterable[str]) -> set[str]:
         keys = sorted(set(readers))  # first: what they are read from may change during any wait
         seconds, microseconds = await self._redis.time()
         now_ms = seconds * 1000 + microseconds // 1000

@@ -36,7 +36,9 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 class ToolCallText:
     """Parts one answer's text into what is said and what is called, as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_most: int | None = None) -> None:
+        """Calls past `at_most` are left out: `parallel_tool_calls: false` asks for one."""
+        self._at_most = at_most
         self._held = ""
         self._inside = False
         self.count = 0
@@ -54,7 +56,7 @@ class ToolCallText:
             if self._inside:
                 call = self._parse(before)
                 if call is not None:
-                    calls.append(call)
+                    calls += self._wanted(call)
                     after = after.lstrip()
                 else:
                     said += OPEN + before + CLOSE  # no call after all
@@ -71,14 +73,20 @@ class ToolCallText:
         """What was held back, now that nothing follows; a model may end instead of closing its last call."""
         held, self._held = self._held, ""
         if self._inside and (call := self._parse(held)) is not None:
-            return "", [call]
+            return "", self._wanted(call)
         return (OPEN if self._inside else "") + held, []
+
+    def _wanted(self, call: dict[str, Any]) -> list[dict[str, Any]]:
+        return [call] if self._at_most is None or call["index"] < self._at_most else []
 
     def _parse(self, text: str) -> dict[str, Any] | None:
         try:
             call = json.loads(text)
-            function = {"name": str(call["name"]), "arguments": json.dumps(call.get("arguments") or {})}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            arguments = call.get("arguments") or {}
+            if isinstance(arguments, str):  # some models quote them, as OpenAI's API does
+                arguments = json.loads(arguments)
+            function = {"name": str(call["name"]), "arguments": json.dumps(arguments, allow_nan=False)}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         self.count += 1
         return {"index": self.count - 1, "id": new_id("call"), "type": "function", "function": function}

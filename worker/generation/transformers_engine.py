@@ -273,7 +273,8 @@ class _Decoding:
         self._send = send
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._text = AnswerText(engine.tokenizer, body.get("stop", ()))
-        self._calls = ToolCallText() if body.get("tools") and body.get("tool_choice") != "none" else None
+        calls = ToolCallText(1 if body.get("parallel_tool_calls") is False else None)
+        self._calls = calls if body.get("tools") and body.get("tool_choice") != "none" else None
         self._noted: deque[Any] = deque()
         self._entries = TokenEntries(engine.tokenizer, self._text) if self._top_logprobs is not None else None
 

@@ -19,7 +19,15 @@ from shared.errors import AppError, BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
 from worker.generation.backends import has_gpu
-from worker.generation.engine import Send, Usage, knows_no_tools, refuse_unsupported, room_for, too_long
+from worker.generation.engine import (
+    Send,
+    Usage,
+    knows_no_tools,
+    refuse_too_many_scores,
+    refuse_unsupported,
+    room_for,
+    too_long,
+)
 from worker.generation.planning import CachePlan, plan
 from worker.generation.vllm_server import SERVED_NAME, START_LIMIT_S, Server
 
@@ -150,6 +158,7 @@ class VllmEngine:
         # A token is a byte at least; what a template adds is short.
         most = len(json.dumps(body.get("prompt") or [body["messages"], body.get("tools")]).encode()) + TEMPLATE_TOKENS
         if most + (body.get("max_tokens") or 1) <= self.context_tokens:
+            refuse_too_many_scores(request, body.get("max_tokens", self.context_tokens))
             return
         asked = {key: body[key] for key in ("prompt", "messages", "tools") if key in body}
         try:

@@ -62,7 +62,7 @@ class Server:
         self._asked = 0
         self._heard_at = 0.0
         command = (
-            *(sys.executable, "-m", "worker.generation.keeper"),
+            *(sys.executable, "-m", "worker.generation.keeper", self._folder.name),
             *(str(settings.vllm_python), "-m", "anneal_serve"),
             *(str(folder), "--served-model-name", SERVED_NAME, "--uds", str(self.socket)),
             *("--dtype", dtype, "--max-model-len", str(cache.context_tokens)),

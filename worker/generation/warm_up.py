@@ -61,7 +61,7 @@ class WarmUps:
             return
         model = Model.model_validate_json(popped[1])
         try:
-            await models.warm_up(model.location, model.name)
+            await models.warm_up(model.location, model.name, self._settings.generation_load_wait_s)
         except AppError as error:
             log.warning("%s is not warmed up: %s", model.name, error)
 
