@@ -306,7 +306,8 @@ def postpone_or_fail(
     if batch.faults >= max_faults:
         message = f"{reason} ({batch.faults} times in a row); create the batch again, or ask the operator"
         error = {"code": "infrastructure_fault", "line": None, "message": message, "param": None}
-        if batch.status != BatchStatus.IN_PROGRESS or not batch.completed + batch.failed or batch.expires_at <= clock(session):
+        has_answers = batch.status == BatchStatus.IN_PROGRESS and batch.completed + batch.failed > 0
+        if not has_answers or batch.expires_at <= clock(session):
             return fail(session, batch_id, fence, [error])
         # Its answers are kept: it expires at once, and whoever claims it next writes the files.
         return owned(session, batch_id, fence, lease_until=None, worker=None, errors=[error], expires_at=now())

@@ -5,6 +5,8 @@ from tests.mutants.guard import Guard, guard
 
 STATE = "tests/shared/test_batches.py"
 RUNS = "tests/worker/test_batches.py"
+PROTOCOL = "tests/generation/test_protocol.py"
+LOADING = "tests/generation/test_loading.py"
 
 BATCHES: tuple[Guard, ...] = (
     guard(
@@ -38,8 +40,8 @@ BATCHES: tuple[Guard, ...] = (
     guard(
         "a line that has a result is not asked again",
         "worker/batches.py",
-        "waiting = (request for request in self._requests(stream) if request.line not in done)",
-        "waiting = iter(self._requests(stream))",
+        "            waiting = self._requests(stream, done)\n            feeders",
+        "            waiting = self._requests(stream, set())\n            feeders",
         pytest(f"{RUNS}::test_a_killed_runner_costs_only_the_lines_it_was_at"),
     ),
     guard(
@@ -69,5 +71,47 @@ BATCHES: tuple[Guard, ...] = (
         "            pieces, self.unwritten = joined(self.unwritten), []\n",
         "            pieces = joined(self.unwritten)\n",
         pytest("tests/generation/test_protocol.py::test_an_answer_arrives_in_order_and_leaves_nothing_queued"),
+    ),
+    guard(
+        "a batch at its wits' end keeps its answers",
+        "shared/batches.py",
+        "        has_answers = batch.status == BatchStatus.IN_PROGRESS and batch.completed + batch.failed > 0\n",
+        "        has_answers = False\n",
+        pytest(f"{STATE}::test_a_batch_at_its_wits_end_keeps_the_answers_it_has"),
+    ),
+    guard(
+        "whoever is silent because the broker forgot him is not given up",
+        "worker/generation/mailbox.py",
+        "if now - since >= GONE_S}",
+        "if now >= since}",
+        pytest(f"{PROTOCOL}::test_a_reader_is_gone_only_after_some_silence"),
+    ),
+    guard(
+        "a takeover looks past the requests of the living",
+        "worker/generation/mailbox.py",
+        '                if cursor == b"0-0":\n',
+        "                if cursor:\n",
+        pytest(f"{PROTOCOL}::test_a_request_behind_many_of_the_living_is_taken_over"),
+    ),
+    guard(
+        "what waits is bounded in bytes",
+        "shared/generation_client.py",
+        "if (redis.call('MEMORY', 'USAGE', KEYS[1]) or 0) > tonumber(ARGV[5]) then return false end\n",
+        "",
+        pytest(f"{PROTOCOL}::test_requests_that_wait_are_bounded_in_bytes"),
+    ),
+    guard(
+        "what has no room beside pinned models is refused",
+        "worker/generation/cache.py",
+        "        self._refuse_beside_pinned(plan, location, name)\n",
+        "",
+        pytest(f"{LOADING}::test_a_model_too_large_beside_the_pinned_ones_is_refused_and_stops_nobody"),
+    ),
+    guard(
+        "the log-probabilities of a request are bounded",
+        "worker/generation/engine.py",
+        "    refuse_too_many_scores(request, room)\n",
+        "",
+        pytest("tests/shared/test_generation_bounds.py::test_log_probabilities_of_one_request_are_bounded"),
     ),
 )
