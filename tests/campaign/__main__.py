@@ -52,7 +52,8 @@ def _options() -> tuple[Options, Path | None, bool]:
     parser.add_argument("--wait", type=float, default=None, help="mean seconds between faults")
     parser.add_argument("--minutes", type=float, default=60, help="no more faults after this")
     parser.add_argument("--garbage-age", type=float, default=40, help="ANNEAL_GARBAGE_AGE_S")
-    parser.add_argument("--no-generate", action="store_true", help="without a generator and its client")
+    parser.add_argument("--generators", type=int, default=2, help="0: nobody asks anything, live or in batches")
+    parser.add_argument("--batches", type=int, default=10, help="at least so many")
     parser.add_argument("--out", type=Path, default=None, help="folder for the verdict and the fault log")
     parser.add_argument("--keep", action="store_true", help="keep the working folder")
     given = parser.parse_args()
@@ -65,7 +66,8 @@ def _options() -> tuple[Options, Path | None, bool]:
         lease_s=given.lease,
         mean_wait_s=given.wait,
         minutes=given.minutes,
-        generate=not given.no_generate,
+        generators=given.generators,
+        batches=given.batches if given.generators else 0,
         garbage_age_s=given.garbage_age,
     )
     return options, given.out, given.keep

@@ -12,10 +12,13 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from shared.models import TERMINAL, Checkpoint, Job, JobStatus, Upload, UploadStatus
-from tests.campaign import hours, loads, procfs, recovery
+from shared.models import BATCH_LIVE, TERMINAL, Batch, BatchLine, Checkpoint, Job, JobStatus, Upload, UploadStatus
+from tests.campaign import batch_plan, hours, loads, procfs, recovery
 from tests.campaign import plan as plans
-from tests.campaign.chat import Chatter
+from tests.campaign.batch_clients import BatchClients
+from tests.campaign.batch_plan import BatchPlan
+from tests.campaign.batch_watch import LineWatch
+from tests.campaign.chat import Chat, Chatter
 from tests.campaign.clients import JobClients
 from tests.campaign.evidence import Evidence, collect, compare_storage, engine_of
 from tests.campaign.faults import Fault, Injector
@@ -30,13 +33,17 @@ from tests.campaign.verdict import chats_wrong, judge
 from tests.campaign.watch import Watch
 
 TICK_S = 0.02
-FOUND_WITHIN_S = {"trainer": 2.0, "checkpoint": 10.0}
+FOUND_WITHIN_S = {"trainer": 2.0, "checkpoint": 10.0, "runner": 2.0}
 """How long a fault waits for somebody it can hit."""
 UNRIPE_SHARE = 0.3
 """Of the faults strike at any moment, with a trainer that takes long to start too."""
 COLLECTED_WITHIN_S = 120.0
 ANSWERS_AGAIN_WITHIN_S = 90.0
 LEFT_WITHIN_S = 10.0
+CHATTERS = 3
+BATCH_CLIENTS = 3
+BATCH_WORKERS = 2
+"""With generators, so that one can take over what another was stopped in."""
 CHAT_LIMIT_S = CHAT_DEADLINE_S + 20
 """A question may be late by as long as the API was stopped."""
 
@@ -55,6 +62,7 @@ class Campaign:
         self.began = time.time()
         self._say = say
         self.plans: dict[int, JobPlan] = {}
+        self.batch_plans: dict[int, BatchPlan] = {}
         self._looked_for_ripe_at = 0.0
         self.load = loads.LOADS[options.trainer](options.seed)
         self._postgres = Postgres(self.folder / "postgres") if options.database == "postgresql" else None
@@ -62,11 +70,13 @@ class Campaign:
         self.settings = settings_of(environment)
         self.database_url = self.settings.resolved_database_url
         pace, toy = self.load.pace, options.trainer == "toy"
-        roles = {"train": pace.train_workers, "batch": 1, "sweep": 2, "generate": int(options.generate)}
+        batch_workers = BATCH_WORKERS if options.batches else 1
+        roles = {"train": pace.train_workers, "batch": batch_workers, "sweep": 2, "generate": options.generators}
         self.service = Service(self.settings, environment, self.folder / "logs", roles, toy=toy)
         self.injector = Injector(self.service, self._postgres, self.folder / "faults.jsonl", self.database_url)
         self.watch = Watch(self.settings.run_dir)
-        self.chatter = Chatter(self.service.url) if options.generate else None
+        self.lines = LineWatch(lambda: engine_of(self.database_url))
+        self.chatters = [Chatter(self.service.url, seed=seed) for seed in range(CHATTERS if options.generate else 0)]
         self.parcels = ParcelClient(
             self.service.url,
             self.notebook,
@@ -82,6 +92,14 @@ class Campaign:
             at_least=options.jobs,
             patience_s=pace.patience_s,
         )
+        self.batch_clients = BatchClients(
+            self.service.url,
+            self._plan_batch,
+            self.notebook,
+            clients=BATCH_CLIENTS if options.batches else 0,
+            at_least=options.batches,
+            patience_s=pace.patience_s,
+        )
 
     def run(self) -> None:
         """All of it; `findings` then holds what must not have been."""
@@ -91,12 +109,14 @@ class Campaign:
             self.service.start(self._postgres)
             self._mark("started")
             self.clients.start()
-            if self.chatter is not None:
-                self.chatter.start()
+            self.batch_clients.start()
+            for chatter in self.chatters:
+                chatter.start()
             if self.options.parcels:
                 self.parcels.start()
             self._strike()
             self.clients.stop()
+            self.batch_clients.stop()
             self.parcels.stop()
             self.injector.finish()
             self._mark("struck")
@@ -117,6 +137,11 @@ class Campaign:
             self.injector.finish()
             self.service.kill()
 
+    @property
+    def chats(self) -> list[Chat]:
+        """Every question that was asked live."""
+        return [chat for chatter in self.chatters for chat in chatter.chats]
+
     def recoveries(self) -> list[recovery.Recovery]:
         injector = self.injector
         workers = self.load.pace.train_workers
@@ -129,12 +154,16 @@ class Campaign:
         self.plans[index] = self.load.job(index)
         return self.plans[index]
 
+    def _plan_batch(self, index: int) -> BatchPlan:
+        self.batch_plans[index] = batch_plan.batch(self.options.seed, index)
+        return self.batch_plans[index]
+
     def _strike(self) -> None:
         """Faults until there were enough, of jobs too."""
         options = self.options
         weights = {**plans.FAULTS, **(plans.POSTGRESQL_FAULTS if self._postgres is not None else {})}
         if not options.generate:
-            weights = {kind: weight for kind, weight in weights.items() if kind[1] != "generate"}
+            weights = {kind: weight for kind, weight in weights.items() if kind[1] not in plans.OF_GENERATION}
         planned = plans.faults(
             options.seed,
             lease_s=options.lease_s,
@@ -152,7 +181,7 @@ class Campaign:
             if struck is not None:
                 self.watch.expect_gone(struck)
                 if struck.number % 25 == 0:
-                    self._say(f"{struck.number} faults, {len(self.notebook.submitted)} jobs sent")
+                    self._say(f"{struck.number} faults, {self._sent()} sent")
             if fault.is_alone:
                 self._pause(recovery.LIMIT_LEASES * options.lease_s)
             if len(self.injector.faults) >= options.faults or time.monotonic() >= ends_at:
@@ -193,13 +222,16 @@ class Campaign:
         self.service.tend()
         self.injector.tend()
         self.watch.look()
+        if self.options.batches:
+            self.lines.look()
         time.sleep(TICK_S)
 
     def _settle(self) -> None:
-        """Until every job has ended and every client knows, or nothing has changed for long."""
-        before: tuple[int, float] | None = None
+        """Until every job and batch has ended and every client knows, or nothing has changed for long."""
+        before: tuple[object, ...] | None = None
         changed_at = looked_at = time.monotonic()
-        while not self.clients.is_done or self.parcels.thread.is_alive() or self._open_jobs() != 0:
+        clients = (self.clients, self.batch_clients)
+        while not all(c.is_done for c in clients) or self.parcels.thread.is_alive() or self._open_work() != 0:
             self._tend()
             now = time.monotonic()
             if now - looked_at < 1:
@@ -211,20 +243,30 @@ class Campaign:
             if now - changed_at > self.load.pace.stalled_s:
                 return
 
-    def _state(self) -> tuple[int, float] | None:
+    def _state(self) -> tuple[object, ...] | None:
+        """What changes as long as jobs or batches go on; None while the database is away."""
+        jobs = select(func.count(), func.max(Job.updated_at)).select_from(Job)
+        batches = select(func.count(), func.sum(Batch.completed + Batch.failed), func.sum(Batch.fence))
         try:
             with Session(engine_of(self.database_url)) as session:
-                count, updated = session.execute(select(func.count(), func.max(Job.updated_at)).select_from(Job)).one()
-                return int(count), float(updated or 0)
+                return (*session.execute(jobs).one(), *session.execute(batches.select_from(Batch)).one())
         except SQLAlchemyError:
             return None
 
-    def _open_jobs(self) -> int | None:
+    def _open_work(self) -> int | None:
+        jobs = select(func.count()).select_from(Job).where(Job.status.not_in(TERMINAL))
+        batches = select(func.count()).select_from(Batch).where(Batch.status.in_(BATCH_LIVE))
         try:
             with Session(engine_of(self.database_url)) as session:
-                return session.scalar(select(func.count()).select_from(Job).where(Job.status.not_in(TERMINAL)))
+                return session.scalars(jobs).one() + session.scalars(batches).one()
         except SQLAlchemyError:
             return None
+
+    def _is_collected(self) -> bool:
+        if any(compare_storage(self.database_url, self.settings)) or self._pending_uploads() != 0:
+            return False
+        with Session(engine_of(self.database_url)) as session:
+            return session.scalar(select(func.count()).select_from(BatchLine)) == 0
 
     def _pending_uploads(self) -> int | None:
         with Session(engine_of(self.database_url)) as session:
@@ -235,17 +277,18 @@ class Campaign:
         return hours.end_hour_of(self.database_url, self.settings, upload)
 
     def _answers_again(self) -> None:
-        if self.chatter is None:
-            return
+        """Every client that asks live has an answer; none of them was left without a slot for ever."""
         began, deadline = time.time(), time.monotonic() + ANSWERS_AGAIN_WITHIN_S
-        while not any(chat.outcome == "answer" and chat.asked_at > began for chat in self.chatter.chats[-20:]):
-            if time.monotonic() > deadline:
-                what = f"no answer within {ANSWERS_AGAIN_WITHIN_S:g} s after the last fault"
-                self.findings.append(Finding("chat_wrong", "generator", what))
-                break
-            self._tend()
-        self.chatter.stop()
-        while self.chatter.thread.is_alive():
+        for chatter in self.chatters:
+            while not any(chat.outcome == "answer" and chat.asked_at > began for chat in chatter.chats[-20:]):
+                if time.monotonic() > deadline:
+                    what = f"no answer within {ANSWERS_AGAIN_WITHIN_S:g} s after the last fault"
+                    self.findings.append(Finding("chat_wrong", chatter.thread.name, what))
+                    break
+                self._tend()
+        for chatter in self.chatters:
+            chatter.stop()
+        while any(chatter.thread.is_alive() for chatter in self.chatters):
             self._tend()
 
     def _wait_for_collection(self) -> None:
@@ -253,7 +296,7 @@ class Campaign:
         deadline = time.monotonic() + COLLECTED_WITHIN_S
         while time.monotonic() < deadline:
             with contextlib.suppress(SQLAlchemyError):
-                if not any(compare_storage(self.database_url, self.settings)) and self._pending_uploads() == 0:
+                if self._is_collected():
                     return
             for _ in range(25):
                 self._tend()
@@ -278,12 +321,18 @@ class Campaign:
             keyed=told.keyed,
             files=told.files,
             uploads=told.uploads,
+            batch_plans=self.batch_plans,
+            batches=told.batches,
+            lines_recorded=self.lines.recorded,
+            lines_changed=self.lines.changed,
             lease_s=self.options.lease_s,
         )
         found = self.findings
-        done = (len(self.injector.faults), len(self.evidence.jobs))
-        if done[0] < self.options.faults or done[1] < self.options.jobs:
-            found.append(Finding("incomplete", "campaign", f"{done[0]} faults and {done[1]} jobs are too few"))
+        done = (len(self.injector.faults), len(self.evidence.jobs), len(self.evidence.batches))
+        asked = (self.options.faults, self.options.jobs, self.options.batches)
+        if any(one < least for one, least in zip(done, asked, strict=True)):
+            what = "{} faults, {} jobs and {} batches are too few".format(*done)
+            found.append(Finding("incomplete", "campaign", what))
         found += [Finding("internal_error", "client", what) for what in told.internal_errors]
         found += [Finding("upload_wrong", "pending", what) for what in told.parts_gone]
         found += judge(self.evidence, known)
@@ -292,13 +341,15 @@ class Campaign:
         found += [Finding("two_trainers", "processes", what) for what in self.watch.pairs]
         found += [Finding("orphan", "processes", what) for what in self.watch.orphans]
         found += [Finding("refused", "client", what) for what in told.refusals]
-        if self.chatter is not None:
-            found += chats_wrong(self.chatter.chats, CHAT_LIMIT_S)
+        found += chats_wrong(self.chats, CHAT_LIMIT_S)
         share = recovery.percentile(
             [one.seconds / one.limit_s for one in self.recoveries() if one.is_undisturbed], 0.99
         )
         if share >= 1:
             found.append(Finding("slow_recovery", "undisturbed", f"p99 is {share:.2f} times the limit"))
+
+    def _sent(self) -> str:
+        return f"{len(self.notebook.submitted)} jobs and {len(self.notebook.batches)} batches"
 
     def _mark(self, what: str) -> None:
         self.times_s[what] = round(time.time() - self.began, 1)

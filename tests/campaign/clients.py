@@ -168,14 +168,35 @@ def _look_and_create(client: Client, plan: JobPlan, body: dict[str, Any]) -> str
 
 
 def _send(client: Client, notebook: Notebook, plan: JobPlan, content: bytes, mark: str, draw: random.Random) -> str:
-    """Upload a file, in one request or in parts. Returns its id."""
-    if plan.is_sent_in_parts:
-        return parcels.send(client, notebook, content, mark, "fine-tune", draw)
-    form: dict[str, Any] = {"files": {"file": (mark, content)}, "data": {"purpose": "fine-tune"}}
-    if plan.retry == "key":
+    """Upload a file of a job. Returns its id."""
+    choices: dict[str, Any] = {"retry": plan.retry, "is_sent_in_parts": plan.is_sent_in_parts}
+    return send_file(client, notebook, content, mark, draw, purpose="fine-tune", **choices)
+
+
+def send_file(
+    client: Client,
+    notebook: Notebook,
+    content: bytes,
+    mark: str,
+    draw: random.Random,
+    *,
+    purpose: str,
+    retry: str,
+    is_sent_in_parts: bool,
+) -> str:
+    """Upload a file, in one request or in parts. Returns its id.
+
+    Args:
+        mark: its name, and its key if there is one.
+        retry: as in `plan.RETRIES`.
+    """
+    if is_sent_in_parts:
+        return parcels.send(client, notebook, content, mark, purpose, draw)
+    form: dict[str, Any] = {"files": {"file": (mark, content)}, "data": {"purpose": purpose}}
+    if retry == "key":
         file_id = client.create_with_key("file", "/v1/files", mark, repeats=draw.random() < 0.3, **form)
     else:
-        file_id = str(client.call("POST", "/v1/files", counts=plan.retry == "counts", **form).json()["id"])
+        file_id = str(client.call("POST", "/v1/files", counts=retry == "counts", **form).json()["id"])
     with notebook.lock:
         notebook.files.append(SentFile(file_id, hashlib.sha256(content).hexdigest()))
     return file_id

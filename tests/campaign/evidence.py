@@ -11,13 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine, event, func, select
 from sqlalchemy.orm import Session
 
 from shared import db
 from shared.checkpoint_files import MANIFEST, CorruptCheckpoint, verify
-from shared.models import Checkpoint, Event, File, Job, Metric, Model, Upload, UploadPart
+from shared.models import Batch, BatchLine, Checkpoint, Event, File, Job, Metric, Model, Upload, UploadPart
 from shared.settings import Settings
+from tests.campaign.generator import Asked, asked
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,59 @@ class UploadRow:
 
 
 @dataclass(frozen=True)
+class ResultRow:
+    """One line of a batch's output or error file."""
+
+    id: str
+    custom_id: str
+    status_code: int | None
+    code: str | None
+    """Of its error, whether the line has one or its response is one; None for an answer."""
+    body: dict[str, Any]
+    """Of its response."""
+    sha256: str
+    """Of the line, without its end."""
+
+    @property
+    def input_tokens(self) -> int:
+        return int(self.body.get("usage", {}).get("prompt_tokens", 0))
+
+    @property
+    def output_tokens(self) -> int:
+        return int(self.body.get("usage", {}).get("completion_tokens", 0))
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One batch with what is in its files."""
+
+    id: str
+    number: int
+    """Of its plan."""
+    status: str
+    error_codes: tuple[str, ...]
+    """Why it failed."""
+    fence: int
+    has_lease: bool
+    total: int
+    completed: int
+    failed: int
+    input_tokens: int
+    output_tokens: int
+    output_file_id: str | None
+    error_file_id: str | None
+    output: tuple[ResultRow, ...] | None
+    """None if there is no such file."""
+    errors: tuple[ResultRow, ...] | None
+    rows_left: int
+    """Results in the database, which are removed once it has ended."""
+
+    @property
+    def rows(self) -> tuple[ResultRow, ...]:
+        return (*(self.output or ()), *(self.errors or ()))
+
+
+@dataclass(frozen=True)
 class Evidence:
     jobs: tuple[JobRecord, ...]
     result_files: tuple[str, ...]
@@ -101,6 +155,11 @@ class Evidence:
     """Processes of the service after its end."""
     files: tuple[FileRow, ...] = ()
     uploads: tuple[UploadRow, ...] = ()
+    batches: tuple[BatchRecord, ...] = ()
+    batch_files: tuple[str, ...] = ()
+    """Every output or error file's row."""
+    asked: tuple[Asked, ...] = ()
+    """What generators were given of batches."""
 
 
 @lru_cache(maxsize=1)
@@ -143,6 +202,12 @@ def collect(database_url: str, settings: Settings, journal_dir: Path) -> Evidenc
             )
             for job in session.scalars(select(Job).order_by(Job.created_at, Job.id))
         )
+        counted = select(BatchLine.batch_id, func.count()).group_by(BatchLine.batch_id)
+        left = dict(session.execute(counted).tuples().all())
+        batches = tuple(
+            _batch(settings, row, left.get(row.id, 0))
+            for row in session.scalars(select(Batch).order_by(Batch.created_at))
+        )
         files = list(session.scalars(select(File)))
         parts = Counter(session.scalars(select(UploadPart.upload_id)))
         uploads = tuple(
@@ -158,6 +223,9 @@ def collect(database_url: str, settings: Settings, journal_dir: Path) -> Evidenc
         tuple(without_rows),
         files=tuple(FileRow(file.id, file.filename, _sha256(settings, file.id)) for file in files),
         uploads=uploads,
+        batches=batches,
+        batch_files=tuple(file.id for file in files if file.purpose == "batch_output"),
+        asked=tuple(asked(journal_dir)),
     )
 
 
@@ -201,6 +269,48 @@ def _checkpoint(settings: Settings, row: Checkpoint) -> CheckpointRow:
     except (CorruptCheckpoint, OSError) as error:
         damage = str(error)
     return CheckpointRow(row.step, row.fence, row.location, row.resumable, row.tokens, damage, weights)
+
+
+def _batch(settings: Settings, row: Batch, rows_left: int) -> BatchRecord:
+    return BatchRecord(
+        id=row.id,
+        number=int((row.batch_metadata or {}).get("campaign", -1)),
+        status=str(row.status),
+        error_codes=tuple(str(error["code"]) for error in row.errors or ()),
+        fence=row.fence,
+        has_lease=row.lease_until is not None,
+        total=row.total,
+        completed=row.completed,
+        failed=row.failed,
+        input_tokens=row.input_tokens,
+        output_tokens=row.output_tokens,
+        output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id,
+        output=_results(settings, row.output_file_id),
+        errors=_results(settings, row.error_file_id),
+        rows_left=rows_left,
+    )
+
+
+def _results(settings: Settings, file_id: str | None) -> tuple[ResultRow, ...] | None:
+    """The lines of a batch's file; None if there is none."""
+    path = settings.storage_root / "files" / (file_id or "none")
+    return tuple(map(result_row, path.read_bytes().splitlines())) if path.is_file() else None
+
+
+def result_row(line: bytes) -> ResultRow:
+    said: dict[str, Any] = json.loads(line)
+    response = said["response"] or {}
+    body = response.get("body") or {}
+    error = said["error"] or body.get("error") or {}
+    return ResultRow(
+        id=said["id"],
+        custom_id=said["custom_id"],
+        status_code=response.get("status_code"),
+        code=error.get("code"),
+        body=body,
+        sha256=hashlib.sha256(line).hexdigest(),
+    )
 
 
 def _sha256(settings: Settings, file_id: str) -> str | None:

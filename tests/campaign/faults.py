@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from sqlalchemy import select
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
+from shared.models import BATCH_LIVE, Batch
 from tests.campaign import procfs
 from tests.campaign.damage import Damage, damage_newest_checkpoint
+from tests.campaign.evidence import engine_of
 from tests.campaign.plan import FaultPlan
 from tests.campaign.postgres import Postgres
 from tests.campaign.service import Member, Service
@@ -112,6 +117,8 @@ class Injector:
                 return self._hit_supervisor(plan)
             case _, "worker":
                 return self._hit_worker(plan)
+            case _, "runner":
+                return self._hit_runner(plan)
             case "damage", _:
                 return self._damage(plan)
             case "kill", "connection":
@@ -167,10 +174,31 @@ class Injector:
         trainers = (run.process,) if run is not None and plan.action == "kill" else ()
         return self._fault(plan, member.name, main, run=run, trainers=trainers)
 
+    def _hit_runner(self, plan: FaultPlan) -> Fault | None:
+        """A child of a `worker batch` that has claimed a batch; its parent starts another child."""
+        held = select(Batch.id, Batch.worker).where(Batch.status.in_(BATCH_LIVE), Batch.lease_until.is_not(None))
+        try:
+            with Session(engine_of(self._database_url)) as session:
+                holders = {int(worker.rpartition(":")[2]): name for name, worker in session.execute(held).tuples()}
+        except SQLAlchemyError:
+            return None
+        mains = [member.identity for member in self._service.of("batch")]
+        children = [child for main in mains if main is not None for child in procfs.children(main.pid)]
+        runner = _pick([child for child in children if child.pid in holders], plan.choice)
+        if runner is None or not self._strike(runner, plan):
+            return None
+        return self._fault(plan, f"runner of {holders[runner.pid]}", runner)
+
     def _hit_member(self, plan: FaultPlan) -> Fault | None:
         member, process = self._pick_member(plan.role, plan.choice)
         if member is None or process is None:
             return None
+        if plan.action == "deploy":
+            if not procfs.send(process, signal.SIGTERM):
+                return None
+            self._service.restart_s[member.name] = plan.restart_s
+            self._deploys.setdefault(member.name, (time.monotonic() + member.stop_s + 20, process))
+            return self._fault(plan, member.name, process)
         if plan.action == "wipe":
             member.wipe = self._service.settings.data / "valkey"
         if plan.action != "stop":

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 
+from tests.campaign.batch_plan import BatchPlan
 from tests.campaign.plan import JobPlan
 
 
@@ -34,9 +35,9 @@ class Keyed:
     """A creation that was sent with an Idempotency-Key, as often as it took."""
 
     kind: str
-    """`job`, `file` or `upload`."""
+    """`job`, `file`, `upload` or `batch`."""
     mark: str
-    """The key. What is created carries it too: a job in its metadata, a file or an upload as its name."""
+    """The key. What is created carries it too: a job or batch in its metadata, a file or an upload as its name."""
     times: int = 0
     answers: set[str] = field(default_factory=set)
     """Every id it was answered with."""
@@ -63,6 +64,17 @@ class SentUpload:
     file_id: str | None = None
 
 
+@dataclass
+class SentBatch:
+    """A batch whose creation was acknowledged."""
+
+    plan: BatchPlan
+    batch_id: str
+    cancel_answer: str | None = None
+    """The status in the answer to its cancellation: `conflict` if it had ended by then."""
+    last_seen: str = ""
+
+
 class Notebook:
     """What all clients were told. Whoever writes more than one field holds `lock`."""
 
@@ -73,6 +85,7 @@ class Notebook:
         self.keyed: list[Keyed] = []
         self.files: list[SentFile] = []
         self.uploads: list[SentUpload] = []
+        self.batches: list[SentBatch] = []
         self.refusals: list[str] = []
         self.internal_errors: list[str] = []
         self.parts_gone: list[str] = []

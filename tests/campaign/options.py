@@ -25,11 +25,18 @@ class Options:
     mean_wait_s: float | None = None
     """Between two faults; None: what suits the trainer."""
     minutes: float = 60
-    generate: bool = True
+    generators: int = 2
+    """0: nobody asks anything, live or in batches."""
+    batches: int = 10
+    """At least so many are sent; more as long as there are faults."""
     parcels: bool = True
     """A client sends files in parts all the time."""
     garbage_age_s: float = 40
     """More than a process may stand still and then wait for SQLite: until then bytes may still get their row."""
+
+    @property
+    def generate(self) -> bool:
+        return self.generators > 0
 
 
 def environment_of(options: Options, folder: Path, pace: Pace, postgres: Postgres | None) -> dict[str, str]:

@@ -162,6 +162,8 @@ class FaultPlan:
 
 Weights = dict[tuple[str, str], int]
 
+OF_GENERATION = ("generate", "runner")
+"""Roles that only a campaign with generators has. A runner is the process of `worker batch` that runs batches."""
 FAULTS: Weights = {
     ("kill", "trainer"): 24,
     ("stop", "trainer"): 9,
@@ -173,12 +175,17 @@ FAULTS: Weights = {
     ("deploy", "worker"): 3,
     ("kill", "api"): 4,
     ("stop", "api"): 3,
-    ("kill", "generate"): 1,
-    ("stop", "generate"): 3,
+    ("kill", "generate"): 4,
+    ("stop", "generate"): 4,
+    ("deploy", "generate"): 2,
     ("kill", "sweep"): 4,
     ("stop", "sweep"): 4,
     ("kill", "batch"): 3,
     ("stop", "batch"): 2,
+    ("deploy", "batch"): 2,
+    ("kill", "runner"): 7,
+    ("stop", "runner"): 5,
+    ("kill", "valkey"): 1,
     ("wipe", "valkey"): 3,
     ("stop", "valkey"): 1,
     ("damage", "checkpoint"): 5,

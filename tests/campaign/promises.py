@@ -57,6 +57,7 @@ def kept(evidence: Evidence, known: Known) -> Iterator[Finding]:
         "job": Counter(f"c{job.number}" for job in evidence.jobs),
         "file": by_name,
         "upload": Counter(row.filename for row in evidence.uploads),
+        "batch": Counter(f"b{batch.number}" for batch in evidence.batches),
     }
     for keyed in known.keyed:
         yield from _once(keyed, counts[keyed.kind][keyed.mark])

@@ -17,6 +17,8 @@ CHECKS = (
     *("two_trainers", "orphan", "orphan_process", "stuck", "garbage", "missing_bytes", "refused", "chat_wrong"),
     *("slow_recovery", "unknown_job", "incomplete", "internal_error"),
     *("paused_wrong", "key_twice", "file_wrong", "upload_wrong"),
+    *("batch_lost", "batch_cancel_broken", "batch_counts", "batch_lines", "batch_answers", "batch_files"),
+    *("line_lost", "line_twice"),
 )
 
 
@@ -65,6 +67,7 @@ def verdict(campaign: Campaign) -> dict[str, Any]:
             "events": sum(len(followed.numbers) for followed in campaign.notebook.followed),
         },
         "chats": _chats(campaign),
+        "batches": _batches(campaign),
         "clients": _clients(campaign),
         "processes": {"samples": campaign.watch.samples, "most_trainers": campaign.watch.most_trainers},
         "bad_outcomes": {check: found.get(check, 0) for check in CHECKS}
@@ -116,12 +119,27 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _chats(campaign: Campaign) -> dict[str, Any]:
-    if campaign.chatter is None:
-        return {}
-    chats = campaign.chatter.chats
+    chats = campaign.chats
     return {
         "outcomes": dict(Counter(chat.outcome for chat in chats)),
         "took_s": _spread([chat.took_s for chat in chats if chat.outcome == "answer"]),
+    }
+
+
+def _batches(campaign: Campaign) -> dict[str, Any]:
+    batches, watch = campaign.evidence.batches, campaign.lines
+    cancelled = [batch for batch in batches if batch.status == "cancelled"]
+    return {
+        "count": len(batches),
+        "ends": dict(Counter(batch.status for batch in batches)),
+        "claims": sum(batch.fence for batch in batches),
+        "most_claims": max((batch.fence for batch in batches), default=0),
+        "lines": sum(len(batch.rows) for batch in batches),
+        "results": dict(Counter(row.code or "answer" for batch in batches for row in batch.rows)),
+        "cancelled_with_partial_results": sum(bool(batch.output) for batch in cancelled),
+        "questions": len({question.request_id for question in campaign.evidence.asked}),
+        "lines_seen_recorded": len(watch.recorded),
+        "looks": watch.looks,
     }
 
 
@@ -133,6 +151,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{jobs['claims']} claims, {jobs['resumes']} resumes, {jobs['checkpoints_registered']} checkpoints",
         f"clients: {result['clients']}",
         f"ends: {jobs['ends']}; chats: {result['chats'].get('outcomes')}; streams: {result['streams']}",
+        f"batches: {result['batches']}",
         *(
             f"recovery, {which}: p50 {found['p50']} s, p99 {found['p99']} s of {found['count']}"
             for which in ("undisturbed", "all")

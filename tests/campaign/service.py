@@ -109,7 +109,7 @@ class Service:
             ("train", train),
             ("batch", commands.worker("batch", LOG_LEVEL)),
             ("sweep", commands.worker("sweep", LOG_LEVEL)),
-            ("generate", commands.worker("generate", LOG_LEVEL)),
+            ("generate", [sys.executable, "-m", "tests.campaign.generator"]),
         ):
             for number in range(1, self._roles.get(role, 0) + 1):
                 self._add(Member(f"{role}-{number}", role, command, stop_s=stop_s if role == "train" else 15))

@@ -115,8 +115,9 @@ def main() -> int:
             database=given.database,
             minutes=given.minutes,
             lease_s=20,
-            generate=True,
-            parcels=False,  # files that stay are growth
+            generators=1,
+            batches=0,  # files that stay are growth
+            parcels=False,
         )
     )
     print(f"working in {soak.folder}", flush=True)
@@ -143,7 +144,7 @@ def _verdict(soak: Soak) -> dict[str, Any]:
         "bounds": growth.BOUNDS,
         "load": {
             "jobs": len(soak.evidence.jobs),
-            "chats": len(soak.chatter.chats) if soak.chatter else 0,
+            "chats": len(soak.chats),
             "streams": len(soak.notebook.followed),
             "uploads_and_deletions": soak.uploads.count,
         },

@@ -11,8 +11,10 @@ from tests.campaign.toy_model import ToyModel, reference
 
 
 def test_a_small_campaign_finds_nothing_wrong(tmp_path: Path) -> None:
-    options = ["--seed", "20", "--faults", "25", "--jobs", "8", "--wait", "0.4", "--no-generate", "--garbage-age", "20"]
-    command = [sys.executable, "-m", "tests.campaign", *options, "--out", str(tmp_path)]
+    least = {"faults": 25, "jobs": 8, "batches": 4}
+    options = {"seed": 20, "wait": 0.4, "generators": 1, "garbage-age": 20, "out": tmp_path, **least}
+    command = [sys.executable, "-m", "tests.campaign"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("SEED=20\n")
@@ -20,6 +22,10 @@ def test_a_small_campaign_finds_nothing_wrong(tmp_path: Path) -> None:
     assert verdict["good"] and not any(verdict["bad_outcomes"].values())
     assert verdict["jobs"]["count"] >= 8
     assert verdict["faults"]["count"] == 25
+    batches = verdict["batches"]
+    assert batches["count"] >= 4 and batches["ends"]["completed"] and batches["lines_seen_recorded"]
+    assert batches["questions"] >= batches["results"]["answer"]
+    assert verdict["chats"]["outcomes"]["answer"]
     clients = verdict["clients"]
     assert clients["keys"] and clients["uploads"]["expired"] and clients["files_compared"] >= 8
     # Three of the first eight jobs; a slow machine sees more of both.

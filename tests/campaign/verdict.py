@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from tests.campaign import promises
-from tests.campaign.chat import Chat
+from tests.campaign import batch_verdict, promises
+from tests.campaign.chat import LEFT, Chat
 from tests.campaign.clients import ENDED
 from tests.campaign.damage import Damage
 from tests.campaign.evidence import EventRow, Evidence, JobRecord
@@ -41,6 +41,7 @@ def judge(evidence: Evidence, known: Known) -> list[Finding]:
     findings += _result_files(evidence)
     findings += _streams(evidence, known)
     findings += promises.kept(evidence, known)
+    findings += batch_verdict.judge(evidence, known)
     findings += [
         Finding("missing_bytes", path, "its row names bytes that are not there") for path in evidence.rows_without_bytes
     ]
@@ -289,5 +290,6 @@ def chats_wrong(chats: Sequence[Chat], limit_s: float) -> list[Finding]:
     return [
         Finding("chat_wrong", f"question at {chat.asked_at:.1f}", f"{chat.outcome} after {chat.took_s:.1f} s")
         for chat in chats
-        if not chat.outcome.startswith(("answer", "error ", "broken")) or chat.took_s > limit_s
+        if not (chat.outcome in ("answer", LEFT, "broken") or chat.outcome.startswith("error "))
+        or chat.took_s > limit_s
     ]
