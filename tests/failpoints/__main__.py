@@ -6,10 +6,12 @@ python -m tests.failpoints --once                    every point, each with one 
 python -m tests.failpoints --only run:17:"kill after"    one of them again, with its log
 python -m tests.failpoints --list                    the points, without running them
 python -m tests.failpoints --scenario run --every 5  every fifth case of one scenario
+python -m tests.failpoints --scenario "batch-*"      all scenarios of batches
 """
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import os
 import sys
@@ -28,7 +30,7 @@ TELL_EVERY = 100
 
 def main() -> int:
     options = _options()
-    chosen = [scenario for scenario in SCENARIOS if options.scenario in (None, scenario.name)]
+    chosen = [scenario for scenario in SCENARIOS if fnmatch.fnmatchcase(scenario.name, options.scenario)]
     if options.only:
         wanted, number, mode = options.only.split(":", 2)
         chosen = [scenario for scenario in SCENARIOS if scenario.name == wanted]
@@ -70,7 +72,7 @@ def main() -> int:
         print(f"{len(cases)} runs on {options.database} and {options.storage}, {options.lanes} at once", flush=True)
         outcomes = [*counted.values(), *run(cases)]
     verdict = _verdict(points, outcomes, options, time.monotonic() - began)
-    if not (options.only or options.scenario or options.match or options.mode):
+    if not (options.only or options.scenario != "*" or options.match or options.mode):
         verdict["checkpoint_cuts"] = cuts.run_all()
         verdict["bad"] += verdict["checkpoint_cuts"]["accepted"]
     _show(verdict, outcomes)
@@ -84,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.failpoints", description=__doc__.splitlines()[0])
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--storage", choices=("folder", "s3"), default="folder")
-    parser.add_argument("--scenario", help="only this one")
+    parser.add_argument("--scenario", default="*", help="only these: a name, or a pattern of names")
     parser.add_argument("--exhaustive", action="store_true", help="also ways to fail that leave the disk as others do")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case")
     parser.add_argument("--once", action="store_true", help="every point with one of its ways to fail, in turn")

@@ -1,7 +1,8 @@
 """The functions that have an effect outside of the process, replaced by ones that pass a point first.
 
-Files: `file_hooks`. Database: every COMMIT. Broker: every hint and every copy to a live stream. Object store: every key
-that is written, created or removed. Installed in a forked child, never taken back.
+Files: `file_hooks`. Database: every COMMIT. Broker: every hint, every copy to a live stream, every request that
+generators are asked and its cancellation. Object store: every key that is written, created or removed. Installed in a
+forked child, never taken back.
 """
 
 import sqlite3
@@ -10,8 +11,10 @@ from typing import Any
 
 import psycopg
 import redis
+import redis.asyncio
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerError
+from redis.commands.core import AsyncScript
 from sqlalchemy.engine.default import DefaultDialect
 
 from shared.storage import StorageUnavailable
@@ -85,8 +88,32 @@ def _install_broker(points: Points) -> None:
             late_errors={"confirmation lost": gone["broker lost before"]},
         )
 
+    real_script, real_async = AsyncScript.__call__, redis.asyncio.client.Pipeline.execute
+
+    async def hooked_script(self: AsyncScript, *args: Any, **kwargs: Any) -> Any:
+        return await points.at_async(
+            "publish",
+            "",
+            lambda: real_script(self, *args, **kwargs),
+            errors=gone,
+            late_errors={"confirmation lost": gone["broker lost before"]},
+        )
+
+    async def hooked_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_transaction:  # a beat, of which each second has one
+            return await real_async(self, *args, **kwargs)
+        return await points.at_async(
+            "publish",
+            "",
+            lambda: real_async(self, *args, **kwargs),
+            errors=gone,
+            late_errors={"confirmation lost": gone["broker lost before"]},
+        )
+
     Celery.send_task = hooked_send  # type: ignore[method-assign]
     redis.client.Pipeline.execute = hooked_execute  # type: ignore[method-assign]
+    AsyncScript.__call__ = hooked_script  # type: ignore[method-assign]
+    redis.asyncio.client.Pipeline.execute = hooked_async  # type: ignore[method-assign]
 
 
 def _install_object_store(points: Points) -> None:

@@ -16,7 +16,7 @@ from shared.db import reading
 from shared.models import TERMINAL, Checkpoint, Event, File, Job, Metric, Model, UploadPart
 from tests.campaign.toy_model import reference
 from tests.campaign.toy_trainer import read_plan
-from tests.failpoints import promises
+from tests.failpoints import batch_promises, promises
 from tests.failpoints.scenarios import Facts
 from tests.failpoints.world import World
 
@@ -36,6 +36,7 @@ def at_any_instant(world: World, facts: Facts) -> list[str]:
         problems += _files_without_bytes(world, session)
         problems += promises.of_uploads(session)
         problems += promises.of_answers(session, facts)
+        problems += batch_promises.at_any_instant(world, session)
         if not facts.get("damages"):
             problems += _checkpoints_that_lie(world, session)
         for job in session.scalars(select(Job)):
@@ -43,6 +44,7 @@ def at_any_instant(world: World, facts: Facts) -> list[str]:
             problems += promises.of_pauses(session, job)
             problems += promises.of_needed_files(session, job)
             problems += _live_stream_that_lies(world, session, job)
+    world.remember_results()
     problems += _half_published(world) if not facts.get("damages") else []
     return problems
 
@@ -62,6 +64,7 @@ def at_rest(world: World, facts: Facts) -> list[str]:
         problems += _bytes_without_rows(world, session)
         problems += _models(session)
         problems += promises.to_clients(world, facts, session)
+        problems += batch_promises.at_rest(world, facts, session)
     return problems
 
 

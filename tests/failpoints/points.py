@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,7 @@ FULL_FOR_EFFECTS = 12
 _write, _open = os.write, os.open  # the real ones, for the harness's own records
 _NUMBERED = (
     (re.compile(r"\b(ft[a-z]+|file)-[A-Za-z0-9]{24}"), r"<\1>"),
-    (re.compile(r"\b(upload|part)_[A-Za-z0-9]{24}"), r"<\1>"),
+    (re.compile(r"\b(upload|part|batch)_[A-Za-z0-9]{24}"), r"<\1>"),
     (re.compile(r"\btmp[a-z0-9_]{8}$"), "<temporary>"),
     (re.compile(r"(?<=/\.tmp-)\d+|(?<=/\.deleted-)\d+|(?<=>/\d/)\d+"), "<step>"),
     (re.compile(r"(?<=-)\d+(?=/|$)"), "<pid>"),
@@ -117,19 +117,48 @@ class Points:
             tear: makes half of it happen.
         """
         late = late_errors or {}
+        mode = self._before(operation, target, errors, late, tear)
+        result = perform()
+        self._after(mode, late)
+        return result
+
+    async def at_async(
+        self,
+        operation: str,
+        target: str,
+        perform: Callable[[], Awaitable[Result]],
+        *,
+        errors: Mapping[str, Callable[[], BaseException]],
+        late_errors: Mapping[str, Callable[[], BaseException]],
+    ) -> Result:
+        """`at`, for an effect that an event loop waits for."""
+        mode = self._before(operation, target, errors, late_errors, None)
+        result = await perform()
+        self._after(mode, late_errors)
+        return result
+
+    def _before(
+        self,
+        operation: str,
+        target: str,
+        errors: Mapping[str, Callable[[], BaseException]],
+        late: Mapping[str, Callable[[], BaseException]],
+        tear: Callable[[], Any] | None,
+    ) -> str | None:
+        """Name and trace the effect; spoil it if that is to be before it. Returns the mode of what is to follow it."""
         if self._full_for and "disk full" in errors:
             self._full_for -= 1
             raise errors["disk full"]()
         source = _source(sys._getframe(1))
         if source is None:
-            return perform()
+            return None
         name = self._number(f"{self.role}: {operation} {shape(target)} in {source}".replace("  ", " "))
         if self._trace is not None:
             modes = [KILL_BEFORE, KILL_AFTER, *([TORN] if tear else []), *errors, *late]
             _write(self._trace, f"{self.role}\t{operation}\t{name}\t{'|'.join(modes)}\n".encode())
         fault = self._fault
         if fault is None or fault.point != name or not self._board.strike():
-            return perform()
+            return None
         if fault.mode == KILL_BEFORE:
             die()
         if fault.mode == TORN:
@@ -139,11 +168,13 @@ class Points:
         if fault.mode in errors:
             self._full_for = FULL_FOR_EFFECTS if fault.mode == "disk full" else 0
             raise errors[fault.mode]()
-        result = perform()
-        if fault.mode in late:
-            raise late[fault.mode]()
-        die()
-        return result
+        return fault.mode
+
+    def _after(self, mode: str | None, late: Mapping[str, Callable[[], BaseException]]) -> None:
+        if mode in late:
+            raise late[mode]()
+        if mode is not None:
+            die()
 
     def covers(self, path: str) -> bool:
         return path.startswith(self.root) or path + os.sep == self.root

@@ -15,6 +15,7 @@ from shared.models import (
     TERMINAL,
     Answer,
     Base,
+    Batch,
     Creation,
     Event,
     File,
@@ -29,9 +30,9 @@ from tests.failpoints.scenarios import Facts
 from tests.failpoints.upload_scenarios import CONTENT
 from tests.failpoints.world import World
 
-MAKES: dict[str, type[Base]] = {"submit": Job, "upload": File, "begin": Upload}
+MAKES: dict[str, type[Base]] = {"submit": Job, "upload": File, "begin": Upload, "create-batch": Batch}
 """What a request creates, by what the journal calls it."""
-KINDS: dict[str, type[Base]] = {"fine_tuning.job": Job, "file": File, "upload": Upload}
+KINDS: dict[str, type[Base]] = {"fine_tuning.job": Job, "file": File, "upload": Upload, "batch": Batch}
 BEGINS_PAUSE, ENDS_PAUSE = ("Pause requested", "Job paused"), "Job resumed"
 
 
@@ -115,6 +116,8 @@ def _kept(entry: dict[str, Any], facts: Facts, session: Session) -> Iterator[str
         yield f"{what} was answered 200, and job {name} does not exist"
     if what == "upload" and session.get(File, name) is None:
         yield f"upload was answered 200, and file {name} does not exist"
+    if what in ("create-batch", "cancel-batch") and session.get(Batch, name) is None:
+        yield f"{what} was answered 200, and batch {name} does not exist"
     if what == "begin" and session.get(Upload, name) is None:
         yield f"begin was answered 200, and upload {name} does not exist"
     if what == "complete" and session.get(File, entry["body"]["file"]["id"]) is None:

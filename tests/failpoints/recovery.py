@@ -6,7 +6,7 @@ A job that is paused stays so while everything else comes to rest; then its clie
 from sqlalchemy import select
 
 from shared.db import reading
-from shared.models import TERMINAL, File, FileStatus, Job, JobStatus
+from shared.models import BATCH_LIVE, TERMINAL, Batch, File, FileStatus, Job, JobStatus
 from tests.failpoints.client_scenarios import request
 from tests.failpoints.scenarios import Facts, Scenario, collect_all, time_passes
 from tests.failpoints.world import World
@@ -19,6 +19,7 @@ MOST_ROUNDS = 12
 def recover(world: World, scenario: Scenario, facts: Facts) -> list[str]:
     """Bring the service to rest. Returns what it could not do."""
     scenario.again(world, facts)
+    world.release()
     problems = []
     sweeper = Sweeper(world.settings)
     for _ in range(MOST_ROUNDS):
@@ -27,6 +28,8 @@ def recover(world: World, scenario: Scenario, facts: Facts) -> list[str]:
         sweeper.sweep()
         tasks.validate_files()
         tasks.train()
+        if scenario.has_generator:
+            tasks.run_batches()
         sweeper.remove_expired()
         if not _open_work():
             if not (paused := _paused()):
@@ -46,8 +49,9 @@ def _open_work() -> list[str]:
     with reading() as session:
         at_rest = (*TERMINAL, JobStatus.PAUSED)
         open_jobs = session.execute(select(Job.id, Job.status).where(Job.status.not_in(at_rest))).all()
+        batches = session.execute(select(Batch.id, Batch.status).where(Batch.status.in_(BATCH_LIVE))).all()
         unchecked = session.scalars(select(File.id).where(File.status == FileStatus.UPLOADED)).all()
-    return [f"{job_id} {status}" for job_id, status in open_jobs] + list(unchecked)
+    return [f"{job_id} {status}" for job_id, status in (*open_jobs, *batches)] + list(unchecked)
 
 
 def _paused() -> list[str]:

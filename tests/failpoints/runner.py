@@ -183,12 +183,15 @@ def _try(lane: Lane, case: Case) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="anneal-point-"))
     name = f"run_{os.getpid()}_{time.monotonic_ns()}"
     trace = folder / "trace.tsv" if case.fault is None else None
+    stack = contextlib.ExitStack()
     try:
         url = lane.databases.fresh(name, folder / "database")
         scenario = case.scenario
         world = World(
             folder, url, lane.redis_url, {key: value.format(run=name) for key, value in lane.settings.items()}
         )
+        if scenario.has_generator:
+            stack.enter_context(world.generator())
         if scenario.is_swept_before:
             world.in_child(lambda: collect_all(world))
         facts = world.in_child(lambda: scenario.prepare(world))
@@ -209,6 +212,7 @@ def _try(lane: Lane, case: Case) -> Outcome:
     except (Hung, AssertionError) as error:
         outcome.problems.append(f"{type(error).__name__}: {error}")
     finally:
+        stack.close()
         lane.databases.drop(name)
         shutil.rmtree(folder, ignore_errors=True)
     return outcome

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import update
 
 from shared.db import now, transaction
-from shared.models import Job, Sweep
+from shared.models import Batch, Job, Sweep
 from tests.failpoints.world import World
 from worker.sweeper import Sweeper
 
@@ -28,6 +28,7 @@ class Scenario:
         act: runs in the process under test.
         again: what a client does that got no answer, or an error.
         looks_behind: at the files of a storage that is a folder.
+        has_generator: somebody answers the lines of batches.
         is_swept_before: a sweep has passed at least once, which makes the storage the database's.
     """
 
@@ -36,6 +37,7 @@ class Scenario:
     act: Callable[[World, Facts], None]
     again: Callable[[World, Facts], None] = lambda world, facts: None
     looks_behind: bool = False
+    has_generator: bool = False
     is_swept_before: bool = True
 
 
@@ -48,6 +50,8 @@ def time_passes() -> None:
     with transaction() as session:
         session.execute(update(Job).where(Job.lease_until.is_not(None)).values(lease_until=now() - 1))
         session.execute(update(Job).values(not_before=None))
+        session.execute(update(Batch).where(Batch.lease_until.is_not(None)).values(lease_until=now() - 1))
+        session.execute(update(Batch).values(not_before=None))
         session.execute(update(Sweep).values(no_expiry_before=0, last_pass_at=now()))
 
 

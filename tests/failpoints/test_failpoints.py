@@ -1,16 +1,21 @@
 """A sample of the failpoints at each change; `python -m tests.failpoints` runs them all."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, update
 
+from shared.db import transaction
+from shared.models import Batch, BatchLine
 from tests.failpoints import cuts, runner
 from tests.failpoints.ledger import Ledger
 from tests.failpoints.points import Point
 from tests.failpoints.runner import Case, Outcome
-from tests.failpoints.scenarios import SCENARIOS, Scenario
+from tests.failpoints.scenarios import SCENARIOS, Facts, Scenario
 from tests.failpoints.services import Databases, databases
+from tests.failpoints.world import World
 
 LANES = 3
 SAMPLE = 16
@@ -78,6 +83,50 @@ def test_the_harness_sees_what_it_looks_for(source: Databases) -> None:
     )
     (outcome,) = runner.run_all([Case(scenario)], source, 1, {}, lambda outcome: None)
     assert any("is not whole" in sentence for sentence in outcome.problems)
+
+
+def _forget_results(batch_id: str) -> None:
+    with transaction() as session:
+        session.execute(delete(BatchLine))
+        session.execute(update(Batch).where(Batch.id == batch_id).values(completed=0, failed=0))
+
+
+def _count_one_more(batch_id: str) -> None:
+    with transaction() as session:
+        session.execute(update(Batch).where(Batch.id == batch_id).values(completed=Batch.completed + 1))
+
+
+def _lose_the_output(batch_id: str) -> None:
+    with transaction() as session:
+        session.execute(update(Batch).where(Batch.id == batch_id).values(output_file_id=None))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentences"),
+    [
+        (_forget_results, None, ("was recorded, and is in no file", "and was asked again")),
+        (_count_one_more, None, ("lines, its file",)),
+        (None, _lose_the_output, ("0 batches name the file", "not one for each of")),
+    ],
+)
+def test_the_harness_sees_what_it_looks_for_in_batches(
+    source: Databases,
+    before: Callable[[str], None] | None,
+    after: Callable[[str], None] | None,
+    sentences: tuple[str, ...],
+) -> None:
+    def spoil(world: World, facts: Facts) -> None:
+        if before is not None:
+            before(facts["batch"])
+        whole.act(world, facts)
+        if after is not None:
+            after(facts["batch"])
+
+    whole = next(scenario for scenario in SCENARIOS if scenario.name == "batch-resume")
+    scenario = dataclasses.replace(whole, name="spoilt", act=spoil)
+    (outcome,) = runner.run_all([Case(scenario)], source, 1, {}, lambda outcome: None)
+    for sentence in sentences:
+        assert any(sentence in problem for problem in outcome.problems), outcome.problems
 
 
 def test_a_checkpoint_cut_at_any_byte_is_not_accepted() -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from kombu.exceptions import KombuError
 from sqlalchemy.exc import SQLAlchemyError
 
 from shared import db, job_creation
-from shared.db import transaction
+from shared.db import reading, transaction
 from shared.errors import AppError
 from shared.models import FileStatus
 from shared.schemas import JobCreate
 from shared.settings import Settings, get_settings
-from tests.failpoints import hooks, toy
+from tests.failpoints import generating, hooks, toy
 from tests.failpoints.ledger import Ledger
 from tests.failpoints.points import Board, Fault, Points
 from tests.rows import stored_file
-from worker import lifecycle, supervisor
+from worker import batches, lifecycle, supervisor
 
 BASE = "test/tiny"
 CHILD_LIMIT_S = 60.0
@@ -56,6 +56,10 @@ class World:
         self.debts_path = folder / "debts.txt"
         self.log_path = folder / "log.txt"
         self.board = Board()
+        self._asked_path = folder / "asked.jsonl"
+        self._seen_path = folder / "results-seen.jsonl"
+        self._released_path = folder / "released"
+        self._generator_pid: int | None = None
         _make_base_model(folder / "models" / BASE)
         values = {
             "ANNEAL_DATA": str(folder / "data"),
@@ -82,6 +86,12 @@ class World:
     @property
     def settings(self) -> Settings:
         return get_settings()
+
+    @contextlib.contextmanager
+    def generator(self) -> Iterator[None]:
+        """While this is open there is a generator. Open it before anything is hooked."""
+        with generating.generator(self.settings, self._asked_path, self._released_path) as self._generator_pid:
+            yield
 
     def in_child(self, work: Callable[[], Any]) -> Any:
         """Run `work` in a forked child and return what it returns, which must be JSON.
@@ -130,7 +140,8 @@ class World:
         deadline = time.monotonic() + ORPHAN_LIMIT_S
         while True:
             _reap()
-            alive = psutil.Process().children(recursive=True)
+            children = psutil.Process().children(recursive=True)
+            alive = [child for child in children if child.pid != self._generator_pid]
             if not alive:
                 return []
             if time.monotonic() > deadline:
@@ -148,13 +159,32 @@ class World:
             stream.write(json.dumps(entry) + "\n")
 
     def journal(self) -> list[dict[str, Any]]:
-        if not self.journal_path.exists():
-            return []
-        return [json.loads(line) for line in self.journal_path.read_text().splitlines()]
+        return _rows(self.journal_path)
 
     def forget_journal(self) -> None:
         """What was asked for in preparation is not what the scenario is judged by."""
         self.journal_path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """From now on the generator answers what begins with `hold`, too."""
+        self._released_path.touch()
+
+    def asked(self) -> list[dict[str, Any]]:
+        """What the generator was asked: `text`, and when that was submitted, in seconds since 1970."""
+        return _rows(self._asked_path)
+
+    def remember_results(self) -> None:
+        """Note which results of batches are recorded by now. Only while nobody runs one."""
+        from tests.failpoints import batch_promises  # here: it needs this module
+
+        with reading() as session:
+            rows = batch_promises.see(self, session)
+        with self._seen_path.open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def results_seen(self) -> list[tuple[str, str, str, float]]:
+        """(batch, the recorded line, its request's text, seconds since 1970) of all that were remembered."""
+        return [(row["batch"], row["body"], row["text"], row["at"]) for row in _rows(self._seen_path)]
 
     def debts(self) -> list[str]:
         """What a power cut could have taken back although somebody relied on it."""
@@ -215,10 +245,15 @@ class World:
             pause_s = min(pause_s * 1.5, 0.02)
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def _with_own_connections(work: Callable[[], Any]) -> Any:
     db.reset()
     lifecycle.shutdown = lifecycle.Shutdown()
     supervisor.TICK_S = 0.02
+    batches.TICK_S = batches.FIRST_RETRY_S = batches.DATABASE_RETRY_S = 0.02
     return work()
 
 
