@@ -6,6 +6,7 @@ what only a worker needs.
 
 import importlib
 import os
+import re
 import sys
 from enum import StrEnum
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Never
 
 import typer
+from pydantic_settings import SettingsError
 
 from shared import logs
 from shared.settings import Settings, get_settings
@@ -43,7 +45,9 @@ def up(data: Data = None, host: Host = None, port: Port = None) -> None:
     """Start the whole service on this machine and keep it running until Ctrl-C."""
     from cli.up import up as run
 
-    raise typer.Exit(run(_settings(data, host, port)))
+    settings = _settings(data, host, port)
+    _demand_engine(settings)
+    raise typer.Exit(run(settings))
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -82,6 +86,8 @@ def worker(kind: WorkerName, data: Data = None) -> None:
     if kind.value in commands.CELERY_KINDS:
         command = commands.celery_worker(kind.value, settings.log_level)
         os.execv(command[0], command)  # noqa: S606 - so that the process id is the worker's own
+    if kind is WorkerName.generate:
+        _demand_engine(settings)
     logs.configure(settings.log_level)
     # By name: the command has no part in what a worker imports, torch above all.
     module = "worker.generation.loop" if kind is WorkerName.generate else "worker.sweeper"
@@ -117,6 +123,12 @@ def version() -> None:
     print(metadata.version("anneal"))
 
 
+def _demand_engine(settings: Settings) -> None:
+    """Before anything is started: a generator that can't would be started again and again."""
+    if (problem := settings.engine_problem) is not None:
+        _fail(problem)
+
+
 def _settings(data: Path | None = None, host: str | None = None, port: int | None = None) -> Settings:
     """This process's settings, options first. Options become variables, so that child processes see them too."""
     for name, value in (("DATA", data), ("HOST", host), ("PORT", port)):
@@ -124,6 +136,10 @@ def _settings(data: Path | None = None, host: str | None = None, port: int | Non
             os.environ[f"ANNEAL_{name}"] = str(value)
     try:
         return get_settings()
+    except SettingsError as error:
+        field = re.search(r'field "(\w+)"', str(error))
+        name = f"ANNEAL_{field[1].upper()}" if field else "a setting"
+        _fail(f'{name} is not JSON; lists are written like ["one", "two"], in quotes for the shell')
     except ValueError as error:
         _fail(f"the settings are not valid: {error}")
 

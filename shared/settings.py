@@ -139,6 +139,16 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def engine_problem(self) -> str | None:
+        """What keeps the chosen engine from running on this host. No error of the settings: an API has no engine."""
+        if self.engine != "vllm" or (self.vllm_python is not None and self.vllm_python.exists()):
+            return None
+        return (
+            "ANNEAL_ENGINE=vllm needs ANNEAL_VLLM_PYTHON, the interpreter of an environment that has vLLM; it is "
+            f"{self.vllm_python}. `make setup-vllm` builds one: ANNEAL_VLLM_PYTHON=.venv-vllm/bin/python"
+        )
+
+    @property
     def generation_sequences(self) -> int:
         """Requests of all kinds that one generator decodes at once."""
         return self.generation_slots + self.generation_batch_slots

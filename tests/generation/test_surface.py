@@ -156,7 +156,7 @@ def test_penalties_and_biases_change_what_is_chosen(
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
-            "tool_choice",
+            "tools",
         ),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ],

@@ -40,6 +40,21 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert "eighty" in done.stderr
 
 
+def test_a_list_that_is_no_json_is_named_by_its_variable(tmp_path: Path) -> None:
+    done = anneal("up", "--data", str(tmp_path), ANNEAL_PINNED_MODELS="acme/tiny")
+    assert done.returncode == 1
+    assert "ANNEAL_PINNED_MODELS is not JSON" in done.stderr
+
+
+@pytest.mark.parametrize("command", [("up",), ("worker", "generate")])
+def test_an_engine_that_is_not_there_is_told_before_anything_starts(command: tuple[str, ...], tmp_path: Path) -> None:
+    done = anneal(*command, "--data", str(tmp_path / "data"), ANNEAL_ENGINE="vllm")
+    assert done.returncode == 1
+    assert "make setup-vllm" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     done = anneal("up", "--data", "/proc/anneal", "--port", "0")
     assert done.returncode == 1

@@ -10,8 +10,10 @@ def make_backend(settings: Settings) -> Backend:
     """The backend the operator chose.
 
     Raises:
-        ValueError: it can't run here.
+        ValueError: it can't run here (`Settings.engine_problem`).
     """
+    if (problem := settings.engine_problem) is not None:
+        raise ValueError(problem)
     if settings.engine == "vllm" or (settings.engine == "auto" and settings.vllm_python and has_gpu()):
         from worker.generation.vllm_engine import VllmBackend
 

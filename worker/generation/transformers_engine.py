@@ -154,6 +154,8 @@ class TransformersEngine:
         body = request.body
         if request.endpoint == "completion" and body.get("echo") and body.get("logprobs") is not None:
             raise unsupported("logprobs", f"{body['logprobs']} with echo", NAME)
+        if body.get("tools") and self.tokenizer.chat_template and "tools" not in self.tokenizer.chat_template:
+            raise knows_no_tools(self.name)  # first: no other engine would help
         if body.get("tool_choice") not in (None, "none", "auto"):
             raise unsupported("tool_choice", json.dumps(body["tool_choice"]), NAME)
         prompt_ids = await asyncio.to_thread(self.encode, request)
@@ -206,8 +208,6 @@ class TransformersEngine:
                 f"the model {self.name!r} has no chat template; use one tuned for chat, or /v1/completions",
                 param="model",
             )
-        if tools and "tools" not in template:
-            raise knows_no_tools(self.name)
         messages = for_template(body["messages"])
         try:
             text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)

@@ -60,11 +60,6 @@ class VllmBackend:
     name = NAME
 
     def __init__(self, settings: Settings) -> None:
-        if settings.vllm_python is None or not settings.vllm_python.exists():
-            raise ValueError(
-                f"ANNEAL_ENGINE=vllm needs ANNEAL_VLLM_PYTHON, the interpreter of an environment that has vLLM; it is "
-                f"{settings.vllm_python}. `make setup-vllm` builds one in .venv-vllm"
-            )
         self._settings = settings
         self._device = "gpu" if has_gpu() else "cpu"
         self._dtype = _dtype(settings.generation_dtype, self._device)
