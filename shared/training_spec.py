@@ -42,7 +42,7 @@ class TrainingSpec(BaseModel):
     batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] | Auto = "auto"
     """Conversations per optimizer step (rows, with `packing: rows`). `auto`: 8."""
     micro_batch_size: PositiveInt | Auto = "auto"
-    """Conversations per forward pass; changes speed and memory, not gradients. `auto`: 2."""
+    """Conversations per forward pass; changes speed and memory, not gradients. `auto`: as many as are fast and fit."""
     gradient_accumulation_steps: PositiveInt | None = None
     """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given."""
     max_seq_length: Annotated[StrictInt, Field(ge=32, le=131072)] = 2048
@@ -57,7 +57,7 @@ class TrainingSpec(BaseModel):
     optimizer: Literal["adamw_8bit", "adamw"] = "adamw_8bit"
     """`adamw_8bit` keeps 8-bit moments on GPU; CPU runs use 32-bit moments for either."""
     gradient_checkpointing: Literal["auto", "unsloth"] | StrictBool = "auto"
-    """Recompute activations instead of keeping them. `auto`: "unsloth" on GPU, off on CPU."""
+    """Recompute activations instead of keeping them. `auto`: only where they would not fit."""
     chat_template: Literal["auto", "chatml", "alpaca", "llama3"] = "auto"
     """How conversations become text. `auto`: the base model's own."""
     train_on: Literal["assistant", "all"] = "assistant"
@@ -93,8 +93,12 @@ class TrainingSpec(BaseModel):
             raise ValueError(f"batch_size={batch} can't be divided by micro_batch_size={micro}")
         return self
 
-    def resolved_batch(self) -> tuple[int, int, int]:
-        """(batch_size, micro_batch_size, gradient_accumulation_steps), the product of the last two being the first."""
+    def resolved_batch(self, fitting: int = 2**31) -> tuple[int, int, int]:
+        """(batch_size, micro_batch_size, gradient_accumulation_steps), the product of the last two being the first.
+
+        Args:
+            fitting: conversations an `auto` micro-batch may hold at most.
+        """
         batch, micro, accumulation = self.batch_size, self.micro_batch_size, self.gradient_accumulation_steps
         if batch == "auto":
             if accumulation is None:
@@ -102,7 +106,9 @@ class TrainingSpec(BaseModel):
             else:
                 batch = accumulation * (2 if micro == "auto" else micro)
         if micro == "auto":
-            micro = batch // accumulation if accumulation is not None else (2 if batch % 2 == 0 else 1)
+            most = min(batch, max(fitting, 1))
+            whole = next(size for size in range(most, 0, -1) if batch % size == 0)
+            micro = batch // accumulation if accumulation is not None else whole
         return batch, micro, batch // micro
 
 

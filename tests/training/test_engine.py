@@ -34,55 +34,64 @@ def build(
 ) -> tuple[engine.Engine, Resolved]:
     """An engine in fp32, so that equal means equal and not equal within bf16."""
     spec = make_spec(folder, training={"max_steps": 1, "precision": "fp32", **training})
-    resolved = resolve.resolve(spec, CPU, rows=len(rows), longest=512, has_validation=False, chat_template="chatml")
     base = Path(spec.base_model_dir)
+    resolved = resolve.resolve(
+        spec,
+        CPU,
+        lengths=[len(row.ids) for row in rows],
+        longest=512,
+        needs=models.needs(base),
+        has_validation=False,
+        chat_template="chatml",
+    )
     loaded = models.load_model(
         base, CPU, max_seq_length=512, master_weights="fp32", gradient_checkpointing=resolved.gradient_checkpointing
     )
     return engine.build(loaded, models.load_tokenizer(base), rows, resolved, folder), resolved
 
 
-def token_losses(trainer: engine.Engine, rows: list[data.Example]) -> dict[tuple[int, ...], list[float]]:
-    """Loss of each trained token, by conversation, through the engine's own collator and model."""
-    found = {}
-    for row in rows:
-        batch = trainer.data_collator([{"input_ids": row.ids, "labels": row.labels, "seq_lengths": list(row.lengths)}])
-        assert "attention_mask" not in batch, "an all-ones mask would let conversations see each other"
-        with torch.no_grad():
-            logits = trainer.model(input_ids=batch["input_ids"], position_ids=batch.get("position_ids")).logits[0]
-        start = 0
-        for length in row.lengths:
-            ids = torch.tensor(row.ids[start : start + length])
-            losses = torch.nn.functional.cross_entropy(
-                logits[start : start + length - 1], ids[1:], reduction="none"
-            ).tolist()
-            found[tuple(ids.tolist())] = losses
-            start += length
-    return found
+class Owner:
+    """Stands in for the run's callback."""
+
+    def is_cancelled(self) -> bool:
+        return False
 
 
 def gradients(trainer: engine.Engine, rows: list[data.Example], micro: int) -> dict[str, torch.Tensor]:
-    """Gradients of one optimizer step over the rows, in micro-batches of `micro`."""
+    """Gradients of one optimizer step over the rows, in passes of `micro`."""
     trainer.model.zero_grad()
-    collate = trainer.data_collator
-    features = [{"input_ids": r.ids, "labels": r.labels, "seq_lengths": list(r.lengths)} for r in rows]
-    batches = [collate(features[start : start + micro]) for start in range(0, len(features), micro)]
-    _, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
-    for batch in batches:
-        trainer.training_step(trainer.model, batch, count)
+    trainer.owner = Owner()
+    trainer.pass_rows = micro
+    if trainer.stepper is not None:
+        trainer.stepper._most = micro
+    trainer.training_step(trainer.model, rows)
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own passes", "unsloth's"])
 def test_packed_conversations_do_not_see_each_other(
-    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example], own: bool
 ) -> None:
     packed = data.pack(rows, 512, seed=1)
     assert len(packed) < len(rows) / 3
     trainer, _ = build(make_spec, tmp_path, packed, packing="rows")
-    together, apart = token_losses(trainer, packed), token_losses(trainer, rows)
-    assert together.keys() == apart.keys()
-    for conversation, losses in apart.items():
-        assert together[conversation] == pytest.approx(losses, abs=1e-4)
+    if not own:
+        trainer.stepper = None
+    together, apart = gradients(trainer, packed, 1), gradients(trainer, rows, 1)
+    for name, gradient in apart.items():
+        assert torch.allclose(together[name], gradient, atol=1e-5), name
+
+
+def test_our_passes_compute_what_the_engine_computes(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    assert trainer.stepper is not None
+    ours = gradients(trainer, rows[:8], 8)
+    trainer.stepper = None
+    theirs = gradients(trainer, rows[:8], 2)
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-6), name
 
 
 def test_the_size_of_a_micro_batch_changes_no_gradient(
@@ -139,13 +148,18 @@ def test_evaluation_is_the_token_mean_over_all_rows(
     make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
 ) -> None:
     trainer, _ = build(make_spec, tmp_path, rows)
+    own, trainer.stepper = trainer.stepper, None
+    theirs = engine.evaluate(trainer, rows, lambda: False)
+    trainer.stepper = own
     result = engine.evaluate(trainer, rows, lambda: False)
-    losses = [
-        loss
-        for (conversation, values), row in zip(token_losses(trainer, rows).items(), rows, strict=True)
-        for loss, label in zip(values, row.labels[1:], strict=True)
-        if label != data.IGNORED and list(conversation) == row.ids
-    ]
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            logits = trainer.bare_model()(input_ids=torch.tensor([row.ids])).logits[0, :-1]
+            found = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]), reduction="none")
+            losses += [loss for loss, label in zip(found.tolist(), row.labels[1:], strict=True) if label >= 0]
+    assert theirs is not None
+    assert theirs.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert result is not None
     assert result.tokens == len(losses)
     assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
@@ -278,7 +292,15 @@ def test_what_the_end_of_a_step_decides(
     from worker.training.stopping import StopRequests
 
     spec = make_spec(tmp_path, training={"max_steps": 9, "save_steps": 4})
-    resolved = resolve.resolve(spec, CPU, rows=40, longest=512, has_validation=False, chat_template="chatml")
+    resolved = resolve.resolve(
+        spec,
+        CPU,
+        lengths=[100] * 40,
+        longest=512,
+        needs=models.needs(Path(spec.base_model_dir)),
+        has_validation=False,
+        chat_template="chatml",
+    )
     asked = StopRequests(Reporter(2))
     if order is not None:
         setattr(asked, order, True)

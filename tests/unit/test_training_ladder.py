@@ -8,7 +8,7 @@ import pytest
 from shared.training_spec import TrainerSpec, TrainingSpec
 from worker.training.failures import describe, is_out_of_memory
 from worker.training.ladder import SHORTEST_SEQUENCE, next_rung
-from worker.training.resolve import Hardware, resolve
+from worker.training.resolve import Hardware, Needs, resolve
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
 GPU = Hardware("NVIDIA H200", is_gpu=True, computes_bf16=True)
@@ -18,7 +18,16 @@ def resolved(training: TrainingSpec, hardware: Hardware = CPU) -> dict[str, Any]
     paths = dict.fromkeys(("base_model_dir", "training_file", "checkpoint_dir", "work_dir"), "/nowhere")
     spec = TrainerSpec.model_validate({"job_id": "ftjob-1", "base_model": "test/tiny", **paths, "training": training})
     longest = training.max_seq_length
-    return resolve(spec, hardware, rows=100, longest=longest, has_validation=False, chat_template="chatml").shown()
+    needs = Needs(weights=1, token=1, token_recomputed=1)
+    return resolve(
+        spec,
+        hardware,
+        lengths=[1] * 100,
+        longest=longest,
+        needs=needs,
+        has_validation=False,
+        chat_template="chatml",
+    ).shown()
 
 
 def descend(asked: dict[str, Any], hardware: Hardware = CPU) -> list[dict[str, Any]]:
@@ -39,7 +48,7 @@ def steps(runs: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("asked", "micros"),
     [
-        ({}, [2, 1]),
+        ({}, [8, 4, 2, 1]),
         ({"batch_size": 16, "micro_batch_size": 16}, [16, 8, 4, 2, 1]),
         ({"batch_size": 12, "micro_batch_size": 12}, [12, 6, 3, 1]),
         ({"batch_size": 15, "micro_batch_size": 15}, [15, 5, 1]),
@@ -58,9 +67,9 @@ def test_micro_batches_shrink_first_and_the_batch_never_changes(asked: dict[str,
 
 
 def test_what_is_checkpointed_already_is_not_checkpointed_again() -> None:
-    runs = descend({"batch_size": 4}, GPU)
+    runs = descend({"batch_size": 2, "gradient_checkpointing": "unsloth"}, GPU)
     assert steps(runs, "micro_batch_size", "gradient_checkpointing") == [(2, "unsloth"), (1, "unsloth")]
-    assert len(descend({"batch_size": 4, "gradient_checkpointing": True})) == 2
+    assert len(descend({"batch_size": 4, "gradient_checkpointing": True})) == 3
 
 
 def test_sequences_are_cut_only_where_the_client_allows_it_and_not_for_ever() -> None:

@@ -6,12 +6,23 @@ import pytest
 
 from shared.training_spec import Resolved, TrainerSpec
 from worker.training.failures import UnsupportedSetting
-from worker.training.resolve import Hardware, advice, longest_conversation, packed_row_length, resolve
+from worker.training.resolve import (
+    FAST_ENOUGH_CPU,
+    Hardware,
+    Needs,
+    advice,
+    longest_conversation,
+    packed_row_length,
+    resolve,
+)
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
 OLD_CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
 GPU = Hardware("NVIDIA H200", is_gpu=True, computes_bf16=True)
 OLD_GPU = Hardware("Tesla T4", is_gpu=True, computes_bf16=False)
+SMALL = Needs(weights=4 * 135_000_000, token=700_000, token_recomputed=100_000)
+"""A model of 135M parameters, about."""
+ROW_TOKENS = 200
 
 
 def make_spec(training: dict[str, Any] | None = None, **fields: Any) -> TrainerSpec:
@@ -26,7 +37,13 @@ def resolved(
 ) -> Resolved:
     spec = make_spec(training, **fields)
     return resolve(
-        spec, hardware, rows=rows, longest=2048, has_validation=bool(spec.validation_file), chat_template="chatml"
+        spec,
+        hardware,
+        lengths=[ROW_TOKENS] * rows,
+        longest=2048,
+        needs=SMALL,
+        has_validation=bool(spec.validation_file),
+        chat_template="chatml",
     )
 
 
@@ -35,8 +52,8 @@ def test_nothing_said_is_the_tutorial() -> None:
     expected = {
         "max_steps": 60,
         "batch_size": 8,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 4,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4,
         "warmup_steps": 5,
         "lr_scheduler": "linear",
@@ -45,7 +62,7 @@ def test_nothing_said_is_the_tutorial() -> None:
         "precision": "bf16",
         "master_weights": "fp32",
         "optimizer": "adamw_8bit",
-        "gradient_checkpointing": "unsloth",
+        "gradient_checkpointing": False,
         "chat_template": "chatml",
         "packing": "none",
         "train_on": "assistant",
@@ -60,7 +77,7 @@ def test_nothing_said_is_the_tutorial() -> None:
 
 @pytest.mark.parametrize(
     ("hardware", "precision", "optimizer", "checkpointing"),
-    [(CPU, "bf16", "adamw", False), (OLD_CPU, "fp32", "adamw", False), (OLD_GPU, "fp16", "adamw_8bit", "unsloth")],
+    [(CPU, "bf16", "adamw", False), (OLD_CPU, "fp32", "adamw", False), (OLD_GPU, "fp16", "adamw_8bit", False)],
 )
 def test_auto_follows_the_hardware(
     hardware: Hardware, precision: str, optimizer: str, checkpointing: str | bool
@@ -113,7 +130,9 @@ def test_what_the_hardware_cannot_do_is_refused(training: dict[str, Any], hardwa
 
 def test_the_tutorials_steps_come_with_the_share_of_rows_they_see() -> None:
     spec = make_spec()
-    found = resolve(spec, CPU, rows=999, longest=2048, has_validation=False, chat_template="chatml")
+    found = resolve(
+        spec, CPU, lengths=[ROW_TOKENS] * 999, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
+    )
     [warning] = advice(spec, found, 999)
     assert "60 steps" in warning
     assert "48% of the 999 training rows" in warning
@@ -123,7 +142,9 @@ def test_the_tutorials_steps_come_with_the_share_of_rows_they_see() -> None:
 
 def test_the_tutorials_steps_on_few_rows_say_how_often_each_is_seen() -> None:
     spec = make_spec()
-    found = resolve(spec, CPU, rows=80, longest=2048, has_validation=False, chat_template="chatml")
+    found = resolve(
+        spec, CPU, lengths=[ROW_TOKENS] * 80, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
+    )
     [warning] = advice(spec, found, 80)
     assert "100% of the 80 training rows, 6 times" in warning
 
@@ -131,14 +152,18 @@ def test_the_tutorials_steps_on_few_rows_say_how_often_each_is_seen() -> None:
 @pytest.mark.parametrize(("rate", "warnings"), [(2e-4, 0), (2e-5, 1)])
 def test_bf16_weights_warn_where_they_lose_updates(rate: float, warnings: int) -> None:
     spec = make_spec({"max_steps": 5, "master_weights": "bf16", "learning_rate": rate})
-    found = resolve(spec, CPU, rows=80, longest=2048, has_validation=False, chat_template="chatml")
+    found = resolve(
+        spec, CPU, lengths=[ROW_TOKENS] * 80, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
+    )
     assert len(advice(spec, found, 80)) == warnings
 
 
 def test_a_base_made_for_fewer_tokens_sets_the_limit() -> None:
     spec = make_spec({"max_steps": 5, "max_seq_length": 4096})
     longest = longest_conversation(spec, 1024)
-    found = resolve(spec, CPU, rows=80, longest=longest, has_validation=False, chat_template="chatml")
+    found = resolve(
+        spec, CPU, lengths=[ROW_TOKENS] * 80, longest=longest, needs=SMALL, has_validation=False, chat_template="chatml"
+    )
     assert found.max_seq_length == longest == 1024
     [warning] = advice(spec, found, 80)
     assert "1024 is used" in warning
@@ -149,3 +174,30 @@ def test_packed_rows_are_short_where_attention_costs_the_square() -> None:
     assert packed_row_length(2048, GPU) == 2048
     assert packed_row_length(2048, CPU) == 512
     assert packed_row_length(256, CPU) == 256
+
+
+@pytest.mark.parametrize(
+    ("gib", "rows", "batch", "micro", "checkpointing"),
+    [
+        (140, 2048, 16, 16, False),
+        (24, 2048, 16, 8, False),
+        (24, 2048, 17, 1, False),  # 17 has no divisor but itself
+        (3.5, 2048, 16, 4, "unsloth"),
+    ],
+)
+def test_a_pass_holds_what_fits_and_divides_the_batch(
+    gib: float, rows: int, batch: int, micro: int, checkpointing: str | bool
+) -> None:
+    gpu = Hardware("a GPU", is_gpu=True, computes_bf16=True, memory_bytes=int(gib * 2**30))
+    spec = make_spec({"batch_size": batch})
+    found = resolve(
+        spec, gpu, lengths=[rows] * 100, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
+    )
+    assert (found.micro_batch_size, found.gradient_checkpointing) == (micro, checkpointing)
+    assert found.micro_batch_size * found.gradient_accumulation_steps == batch
+
+
+def test_passes_on_cpu_are_no_longer_than_makes_them_fast() -> None:
+    found = resolved({"batch_size": 64})
+    assert found.micro_batch_size * ROW_TOKENS <= FAST_ENOUGH_CPU
+    assert resolved({"batch_size": 64, "micro_batch_size": 64}).micro_batch_size == 64, "the client's choice stays"

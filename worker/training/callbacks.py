@@ -69,10 +69,6 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._step_began_s = time.monotonic()
 
-    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stops.cancelled:
-            control.should_training_stop = True
-
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         self._stops.last_step = step
@@ -113,6 +109,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return self._resolved.eval_steps is not None and step % self._resolved.eval_steps == 0
 
     # What the engine calls back for.
+
+    def is_cancelled(self) -> bool:
+        """Whether the step that runs need not be finished; asked between two passes."""
+        return self._stops.cancelled
 
     def evaluate(self, trainer: engine.Engine) -> None:
         """Evaluate on the validation rows and say so; abandoned if a stop is asked for meanwhile.
@@ -211,7 +211,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         counts = self._trainer.counts
         tokens = counts.tokens - self._reported.tokens
         conversations = counts.conversations - self._reported.conversations
-        learned, correct = counts.learned - self._reported.learned, counts.correct - self._reported.correct
+        learned, correct = counts.learned - self._reported.learned, int(counts.correct - self._reported.correct)
         self._reported = replace(counts)
         if step % self._logging_steps and step < self._resolved.max_steps:
             return

@@ -1,6 +1,7 @@
-"""TRL's SFTTrainer under Unsloth, bent in five places: order, counting, the loss on CPU, evaluation, checkpoints.
+"""TRL's SFTTrainer under Unsloth, bent in four places: order, how a step is computed, evaluation, checkpoints.
 
-CPU and GPU runs share every line but the loss; what else differs was decided in `resolve` and `model`.
+The loop, the optimizer, the schedule and the saved state are the Trainer's. It gets one optimizer step's rows at a
+time; plain decoders compute them with our own passes (`step`), all others with Unsloth's forward pass and loss.
 Importing this module imports unsloth, before trl and transformers, as it must be.
 """
 
@@ -9,6 +10,7 @@ import unsloth  # noqa: F401 - patches what is imported below
 # isort: on
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +19,17 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, disable_progress_bars
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from shared.training_spec import Resolved
-from worker.training import head
+from worker.training import decoder, passes
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
 from worker.training.failures import is_out_of_memory
+from worker.training.step import Abandoned, Stepper
 
-TOKENS, CONVERSATIONS = "anneal_tokens", "anneal_conversations"
-"""What the collator counts, carried with each micro-batch as plain numbers."""
 EVALUATION_TOKENS = 4096
 """Padded tokens of one evaluation batch: bounds its logits. Halved where even that does not fit."""
 OPTIMIZERS = {"adamw_8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}
@@ -36,12 +37,13 @@ OPTIMIZERS = {"adamw_8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}
 
 @dataclass(slots=True)
 class Counts:
-    """What has been trained on. `learned` tokens had a label, `correct` ones were the likeliest: known on CPU only."""
+    """What has been trained on. Of the `learned` tokens, which had a label, `correct` were the likeliest."""
 
     tokens: int = 0
     conversations: int = 0
     learned: int = 0
-    correct: int = 0
+    correct: Any = 0
+    """On the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,76 +69,72 @@ class StepOrder(Sampler[int]):  # type: ignore[misc]  # torch is not analysed
         return order_of_epoch(self._lengths, list(self._shuffled), self._batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch, a resumed one included."""
         self._shuffled.set_epoch(epoch)
 
 
-class PaddedCollator:
-    """Rows padded on the right, without an attention mask: what comes later can't be attended to anyway.
+class Steps(BatchSampler):  # type: ignore[misc]
+    """The rows of one optimizer step after the other."""
 
-    Exact for rows of one conversation each, and the fastest on CPU, where a mask costs more than the little padding
-    that rows of like length need.
-    """
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
-        for index, row in enumerate(rows):
-            ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
-        labels[:, 0] = IGNORED  # nothing comes before it, and the engine counts labels to divide by
-        return {"input_ids": ids, "labels": labels}
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer for an epoch that is resumed in the middle."""
+        self.sampler.set_epoch(epoch)
 
 
-class CountingCollator:
-    """Another collator, with what it collated counted."""
+class StepLoader(DataLoader):  # type: ignore[misc]
+    """One optimizer step's rows at a time."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self._inner(rows)
-        batch[TOKENS] = sum(len(row["input_ids"]) for row in rows)
-        batch[CONVERSATIONS] = sum(len(row["seq_lengths"]) for row in rows)
-        return batch
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each other epoch."""
+        self.batch_sampler.set_epoch(epoch)
 
 
 class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     """See the module. `owner` is the run's callback: it publishes checkpoints and is told of evaluations."""
 
     owner: Any
+    rows: list[Example]
     step_order: StepOrder
     counts: Counts
-    own_head: bool
-    """The loss is `head.loss_sum`."""
+    stepper: Stepper | None
+    """None: the model or the number format is not plain, and Unsloth's own forward and loss are used."""
+    pass_rows: int
+    pass_tokens: int | None
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.step_order
+    def get_train_dataloader(self) -> StepLoader:
+        """Whole steps: how one is computed is decided in `training_step`, the order by the seed alone."""
+        return StepLoader(
+            range(len(self.rows)),
+            batch_sampler=Steps(self.step_order, self.args.train_batch_size, drop_last=False),
+            collate_fn=lambda indices: [self.rows[index] for index in indices],
+        )
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.counts.tokens += inputs.pop(TOKENS)
-        self.counts.conversations += inputs.pop(CONVERSATIONS)
-        return super().training_step(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        return list(itertools.islice(epoch_iterator, num_batches)), None
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if not self.own_head:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        bare = self.bare_model()
-        targets = inputs["labels"][:, 1:]
-        learned = targets != IGNORED
-        with _autocast(self):
-            hidden = bare.base_model(
-                input_ids=inputs["input_ids"], position_ids=inputs.get("position_ids"), use_cache=False
-            ).last_hidden_state
-            loss, correct = head.loss_sum(
-                hidden[:, :-1][learned], bare.get_output_embeddings().weight, targets[learned]
-            )
-        self.counts.correct += correct
-        self.counts.learned += int(learned.sum())
-        return loss / num_items_in_batch
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody asks
+
+    def training_step(self, model: Any, rows: list[Example], *args: Any, **kwargs: Any) -> Any:
+        """Loss and gradients of one optimizer step.
+
+        Raises:
+            Abandoned: the run is cancelled.
+        """
+        self.counts.tokens += sum(len(row.ids) for row in rows)
+        self.counts.conversations += sum(len(row.lengths) for row in rows)
+        learned = passes.count_learned(rows)
+        if self.stepper is not None:
+            sums = self.stepper.step(rows, learned, self.owner.is_cancelled)
+            self.counts.learned += learned
+            self.counts.correct += sums.correct
+            return sums.loss / learned
+        loss: Any = 0.0
+        for number, chunk in enumerate(passes.chunks(rows, self.pass_rows, self.pass_tokens)):
+            if number and self.owner.is_cancelled():
+                raise Abandoned
+            inputs = self.data_collator([vars_of(row) for row in chunk])
+            loss = loss + super().training_step(model, inputs, learned)
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Called by the training loop when the callback has asked for it."""
@@ -167,8 +165,8 @@ def configure(resolved: Resolved, work_dir: Path) -> SFTConfig:
     mixed = resolved.precision if resolved.master_weights == "fp32" else "none"
     config = SFTConfig(
         output_dir=str(work_dir / "engine"),
-        per_device_train_batch_size=resolved.micro_batch_size,
-        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
+        per_device_train_batch_size=resolved.batch_size,  # passes are ours, see `Engine.training_step`
+        gradient_accumulation_steps=1,
         max_steps=resolved.max_steps,
         learning_rate=resolved.learning_rate,
         warmup_steps=extra["warmup_steps"],
@@ -211,16 +209,29 @@ def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, w
     )
     for noisy in (PrinterCallback, ProgressCallback):
         engine.remove_callback(noisy)
+    engine.rows = rows
+    engine.pass_rows, engine.pass_tokens = resolved.micro_batch_size, (resolved.model_extra or {})["tokens_per_pass"]
+    engine.stepper = make_stepper(engine, resolved)
     packed = any(len(row.lengths) > 1 for row in rows)
-    if packed and not getattr(engine.data_collator, "padding_free", False):
+    if engine.stepper is None and packed and not getattr(engine.data_collator, "padding_free", False):
         raise AssertionError("the engine turned padding-free batches off; packed conversations would see each other")
-    engine.own_head = engine.args.device.type == "cpu" and head.is_plain(engine.bare_model())
-    engine.data_collator = CountingCollator(
-        PaddedCollator() if engine.own_head and not packed else engine.data_collator
-    )
     engine.step_order = StepOrder([len(row.ids) for row in rows], resolved.batch_size, engine.args.data_seed)
     engine.counts = Counts()
     return engine
+
+
+def make_stepper(engine: Engine, resolved: Resolved) -> Stepper | None:
+    """Our own passes, where they compute what the engine's would."""
+    model = engine.bare_model()
+    if resolved.precision == "fp16" or not decoder.is_plain(model):
+        return None
+    return Stepper(
+        model,
+        torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
+        recompute=bool(resolved.gradient_checkpointing),
+        most=engine.pass_rows,
+        most_tokens=engine.pass_tokens,
+    )
 
 
 def add_callback(engine: Engine, callback: TrainerCallback) -> None:
@@ -251,6 +262,11 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool
 def _evaluate(
     engine: Engine, rows: list[Example], batch_tokens: int, should_stop: Callable[[], bool]
 ) -> EvaluationResult | None:
+    if engine.stepper is not None:
+        sums = engine.stepper.evaluate(rows, batch_tokens, should_stop)
+        if sums is None:
+            return None
+        return EvaluationResult(float(sums.loss) / sums.learned, int(sums.correct) / sums.learned, sums.learned)
     model = engine.bare_model()
     was_training = model.training
     model.eval()
@@ -308,12 +324,18 @@ def _padded(rows: list[Example], device: Any) -> dict[str, Any]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
+def vars_of(row: Example) -> dict[str, Any]:
+    """The row as the engine's collator takes it."""
+    return {"input_ids": row.ids, "labels": row.labels, "seq_lengths": list(row.lengths)}
+
+
 def _as_dataset(rows: list[Example], longest: int) -> Dataset:
+    # A token of each row: the engine looks at the columns, and gets its rows from `StepLoader`.
     dataset = Dataset.from_dict(
         {
-            "input_ids": [row.ids for row in rows],
-            "labels": [row.labels for row in rows],
-            "seq_lengths": [list(row.lengths) for row in rows],
+            "input_ids": [row.ids[:1] for row in rows],
+            "labels": [row.labels[:1] for row in rows],
+            "seq_lengths": [[1] for _ in rows],
         }
     )
     # Unsloth's GPU trainer keeps padding-free batches only for data that says it is cut already.

@@ -3,6 +3,7 @@
 Speaks through the reporter only; raises what `failures.describe` puts into words.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import sys
@@ -45,9 +46,10 @@ class Run:
         prepare_work_dir(spec)
         from worker.training import engine  # isort: skip - imports unsloth, which must come first
         from worker.training import callbacks, model
+        from worker.training.step import Abandoned
 
         # Load.
-        hardware = model.hardware()
+        hardware = model.hardware(spec.memory_limit_bytes)
         if spec.memory_limit_bytes is not None:
             memory.limit(spec.memory_limit_bytes, is_gpu=hardware.is_gpu)
         base = Path(spec.base_model_dir)
@@ -60,8 +62,9 @@ class Run:
         resolved = resolve.resolve(
             spec,
             hardware,
-            rows=len(rows),
+            lengths=[len(row.ids) for row in rows],
             longest=longest,
+            needs=model.needs(base),
             has_validation=spec.validation_file is not None,
             chat_template=template.name,
         )
@@ -107,7 +110,8 @@ class Run:
 
         # Train.
         self.stops.stepping(first_step - 1)
-        trainer.train(resume_from_checkpoint=spec.resume_from)
+        with contextlib.suppress(Abandoned):
+            trainer.train(resume_from_checkpoint=spec.resume_from)
         if trainer.state.global_step < resolved.max_steps:
             self.reporter.send(self.stops.message)
             return

@@ -13,6 +13,7 @@ import resource
 from pathlib import Path
 
 M_TOP_PAD = -2  # malloc.h
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def limit(limit_bytes: int, *, is_gpu: bool) -> None:
@@ -39,3 +40,14 @@ def mapped_bytes() -> int:
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmData")
+
+
+def available_bytes() -> int:
+    """What the host, and the container this may run in, still have for this process."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        most, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no second version of cgroups, or "max": no limit
+        return available
+    return min(available, most - used)

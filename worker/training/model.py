@@ -6,14 +6,16 @@ are the base's with the chat template that was trained on.
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from worker import tokenizers
+from worker.training import memory
 from worker.training.failures import BadBaseModel
-from worker.training.resolve import Hardware
+from worker.training.resolve import Hardware, Needs
 from worker.training.templates import Template
 
 TOKENIZER_FILES = (
@@ -37,14 +39,38 @@ class Weight:
     file: Path
 
 
-def hardware() -> Hardware:
-    """What this process can train on. Imports unsloth."""
+def hardware(limit_bytes: int | None = None) -> Hardware:
+    """What this process can train on, with the memory that is free now or what it may take. Imports unsloth."""
     import torch
     import unsloth
 
     if torch.cuda.is_available():
-        return Hardware(torch.cuda.get_device_name(0), is_gpu=True, computes_bf16=torch.cuda.is_bf16_supported())
-    return Hardware("cpu", is_gpu=False, computes_bf16=bool(unsloth.is_bfloat16_supported()))
+        name, computes_bf16 = torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported()
+        free_bytes, _ = torch.cuda.mem_get_info(0)
+    else:
+        name, computes_bf16 = "cpu", bool(unsloth.is_bfloat16_supported())
+        free_bytes = memory.available_bytes()
+    if limit_bytes is not None:
+        free_bytes = min(free_bytes, limit_bytes)
+    return Hardware(name, torch.cuda.is_available(), computes_bf16, free_bytes)
+
+
+def needs(folder: Path) -> Needs:
+    """What training the base takes, from its configuration and the headers of its files."""
+    from transformers import AutoConfig
+
+    from worker.training import decoder
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        parameters = sum(math.prod(weight.shape) for weight in list_weights(folder))
+        return Needs(
+            weights=4 * parameters,
+            token=decoder.activation_bytes(config, recompute=False),
+            token_recomputed=decoder.activation_bytes(config, recompute=True),
+        )
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BadBaseModel(f"the base model's configuration can't be read: {error}", "model") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

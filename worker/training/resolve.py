@@ -1,6 +1,7 @@
 """Every `auto` of a TrainingSpec made concrete, given the data and the hardware. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.training_spec import BASE_LEARNING_RATE, TUTORIAL_MAX_STEPS, Resolved, TrainerSpec
@@ -8,6 +9,11 @@ from worker.training.failures import UnsupportedSetting
 
 CPU_PACKED_ROW_LENGTH = 512
 """Without a kernel that skips the pairs between conversations, attention's cost grows with the row squared."""
+FAST_ENOUGH_CPU = 4096
+FAST_ENOUGH_GPU = 65_536
+"""Tokens of a pass beyond which a longer one is no faster."""
+SHARE_FOR_ACTIVATIONS = 0.7
+"""Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
@@ -20,6 +26,20 @@ class Hardware:
     """`cpu`, or the GPU's name."""
     is_gpu: bool
     computes_bf16: bool
+    memory_bytes: int = 2**62
+    """Free for a run, of the GPU or of the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a base model takes, in bytes."""
+
+    weights: int
+    """One number of 32 bits for each parameter."""
+    token: int
+    """Kept between forward and backward pass for each token, in 16 bits, without gradient checkpointing."""
+    token_recomputed: int
+    """The same with it."""
 
 
 def longest_conversation(spec: TrainerSpec, position_limit: int | None) -> int:
@@ -34,13 +54,21 @@ def packed_row_length(longest: int, hardware: Hardware) -> int:
 
 
 def resolve(
-    spec: TrainerSpec, hardware: Hardware, *, rows: int, longest: int, has_validation: bool, chat_template: str
+    spec: TrainerSpec,
+    hardware: Hardware,
+    *,
+    lengths: Sequence[int],
+    longest: int,
+    needs: Needs,
+    has_validation: bool,
+    chat_template: str,
 ) -> Resolved:
     """What the run will really do.
 
     Args:
-        rows: what a batch is made of: conversations, or packed rows.
+        lengths: tokens of each row a batch is made of: conversations, or packed rows.
         longest: tokens a conversation may have.
+        needs: of the base model.
         has_validation: a validation file was given.
         chat_template: the template's name as chosen, never `auto`.
 
@@ -48,8 +76,12 @@ def resolve(
         UnsupportedSetting: the hardware or the engine can't do what was asked for.
     """
     training = spec.training
-    batch, micro, accumulation = training.resolved_batch()
-    steps_per_epoch = math.ceil(rows / batch)
+    precision = _precision(spec, hardware)
+    recompute = _checkpointing(spec, hardware, needs, max(lengths))
+    most_tokens = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
+    chosen = training.micro_batch_size == "auto" and training.gradient_accumulation_steps is None
+    steps_per_epoch = math.ceil(len(lengths) / batch)
     max_steps = _max_steps(spec, steps_per_epoch)
     multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
     rate = training.learning_rate
@@ -70,10 +102,11 @@ def resolve(
             "micro_batch_size": micro,
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
-            "precision": _precision(spec, hardware),
+            "tokens_per_pass": most_tokens if chosen else None,
+            "precision": precision,
             "master_weights": training.master_weights,
             "optimizer": training.optimizer if hardware.is_gpu else "adamw",
-            "gradient_checkpointing": _checkpointing(spec, hardware),
+            "gradient_checkpointing": recompute,
             "chat_template": chat_template,
             "packing": training.packing,
             "eval_steps": eval_steps if has_validation else None,
@@ -151,8 +184,22 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
     return chosen
 
 
-def _checkpointing(spec: TrainerSpec, hardware: Hardware) -> str | bool:
+def tokens_per_pass(hardware: Hardware, needs: Needs, *, recompute: bool, precision: str) -> int:
+    """Tokens that a forward and backward pass may hold: as many as make it fast, and no more than fit."""
+    token_bytes = (needs.token_recomputed if recompute else needs.token) * (2 if precision == "fp32" else 1)
+    fitting = int(SHARE_FOR_ACTIVATIONS * _left(hardware, needs)) // token_bytes
+    return max(min(fitting, FAST_ENOUGH_GPU if hardware.is_gpu else FAST_ENOUGH_CPU), 1)
+
+
+def _left(hardware: Hardware, needs: Needs) -> int:
+    """Bytes for activations: what masters, gradients, two moments and the weights in 16 bits leave."""
+    return max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
+
+
+def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
+    """`auto`: only if the longest row would not fit otherwise."""
     asked = spec.training.gradient_checkpointing
-    if asked == "auto":
-        return "unsloth" if hardware.is_gpu else False
-    return asked
+    if asked != "auto":
+        return asked
+    fits = longest_row * needs.token <= SHARE_FOR_ACTIVATIONS * _left(hardware, needs)
+    return False if fits else "unsloth"

@@ -1,0 +1,281 @@
+"""The forward pass of plain decoders over flat runs of tokens, from copies of their weights in the number format of
+the products.
+
+The engine's model stays what it is: its parameters are the masters, the optimizer's and the checkpoints'. `Weights`
+holds what is computed with, brought up to date once a step, and carries gradients back. Masters in the products' own
+format are not copied: they become views of the same memory.
+
+    embed → (norm, q k v, rotary, attention, o, add, norm, gate up, SwiGLU, down, add) x layers → norm → head's loss
+
+Which models are plain, and why nothing else may come here, is `is_plain`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from worker.training.attention import Layout
+from worker.training.operations import Operations
+
+PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose decoder is the one above; their configurations may still ask for more."""
+PLAIN_ROPE = frozenset({"default", "linear", "llama3"})
+"""Rotary embeddings whose angles depend on nothing but the position."""
+
+
+def is_plain(model: Any) -> bool:
+    """Whether this module computes what the model itself would: known architecture, no option beyond it."""
+    config = model.config
+    if config.model_type not in PLAIN_TYPES or getattr(config, "hidden_act", None) != "silu":
+        return False
+    if getattr(config, "attention_dropout", 0) or _windowed(config) or _rope_type(config) not in PLAIN_ROPE:
+        return False
+    known = {name for name, _ in _names(config, model)}
+    return known == {name for name, _ in model.named_parameters()}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights. Shapes: d hidden size, a query heads x head size, c key-value heads x head size, f inner."""
+
+    norm_1: torch.Tensor
+    qkv: torch.Tensor
+    """[a + 2 c, d]"""
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: torch.Tensor
+    norm_2: torch.Tensor
+    gate_up: torch.Tensor
+    """[2 f, d]"""
+    down: torch.Tensor
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [getattr(self, name) for name in self.__slots__]
+
+
+class Weights:
+    """What is computed with.
+
+    Args:
+        model: the engine's; its parameters are the masters.
+        dtype: of the products.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.config = model.config
+        self._masters: list[torch.nn.Parameter] = []
+        self._views: list[torch.Tensor] = []
+        """Of each master, its place in one of `leaves`."""
+        self._places: list[tuple[int, int, int]] = []
+        """Of each master: leaf, first row, end row."""
+        self.leaves: list[torch.Tensor] = []
+        parameters = dict(model.named_parameters())
+        self.embedding = self._leaf(parameters, [_EMBEDDING])
+        self.padding_id = model.get_input_embeddings().padding_idx
+        """A token that the model's own embedding gives no gradient as an input, even where it is no padding."""
+        self.layers = [self._layer(parameters, f"model.layers.{i}.") for i in range(self.config.num_hidden_layers)]
+        self.norm = self._leaf(parameters, ["model.norm.weight"])
+        self.head = self._leaf(parameters, [_HEAD]) if _HEAD in parameters else self.embedding
+        self.head_size = _head_size(self.config)
+        inverse, self._rope_scale = _rope(self.config, self.embedding.device)
+        self._inverse_frequencies = inverse
+        self._gradients: list[torch.Tensor] | None = None
+
+    def refresh(self) -> None:
+        """Take over what the optimizer has done to the masters."""
+        pairs = [(v, m) for v, m in zip(self._views, self._masters, strict=True) if v.data_ptr() != m.data_ptr()]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_([view for view, _ in pairs], [master.detach() for _, master in pairs])
+
+    def rotary(self, positions_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, [t, head size / 2] each, in the products' format."""
+        angles = positions_t[:, None].float() * self._inverse_frequencies
+        return (angles.cos() * self._rope_scale).to(self.dtype), (angles.sin() * self._rope_scale).to(self.dtype)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
+    def hand_over(self, gradients: list[torch.Tensor], *, first: bool) -> None:
+        """Add the leaves' gradients of one pass to the masters' (`.grad`); the first pass of a step replaces them."""
+        parts = [
+            gradients[leaf][start:end].view(master.shape)
+            for (leaf, start, end), master in zip(self._places, self._masters, strict=True)
+        ]
+        if self._gradients is None:
+            self._gradients = [torch.empty_like(master) for master in self._masters]
+        if first:
+            torch._foreach_copy_(self._gradients, parts)
+        else:
+            torch._foreach_add_(self._gradients, parts)
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.grad = gradient
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The masters' gradients, as the last `hand_over` left them."""
+        assert self._gradients is not None
+        return self._gradients
+
+    def _layer(self, parameters: dict[str, Any], at: str) -> Layer:
+        attention, inner = f"{at}self_attn.", f"{at}mlp."
+
+        def leaf(*names: str) -> torch.Tensor:
+            return self._leaf(parameters, list(names))
+
+        def optional(*names: str) -> torch.Tensor | None:
+            return leaf(*names) if names[0] in parameters else None
+
+        return Layer(
+            norm_1=leaf(f"{at}input_layernorm.weight"),
+            qkv=leaf(*(f"{attention}{part}_proj.weight" for part in "qkv")),
+            qkv_bias=optional(*(f"{attention}{part}_proj.bias" for part in "qkv")),
+            q_norm=optional(f"{attention}q_norm.weight"),
+            k_norm=optional(f"{attention}k_norm.weight"),
+            o=leaf(f"{attention}o_proj.weight"),
+            norm_2=leaf(f"{at}post_attention_layernorm.weight"),
+            gate_up=leaf(f"{inner}gate_proj.weight", f"{inner}up_proj.weight"),
+            down=leaf(f"{inner}down_proj.weight"),
+        )
+
+    def _leaf(self, parameters: dict[str, Any], names: list[str]) -> torch.Tensor:
+        """One tensor for the named masters, below each other."""
+        masters = [parameters[name] for name in names]
+        joined = torch.cat([master.detach() for master in masters]).to(self.dtype)
+        row = 0
+        for master in masters:
+            end = row + len(master)
+            view = joined[row:end]
+            if master.dtype == self.dtype:
+                master.data = view
+            self._masters.append(master)
+            self._views.append(view)
+            self._places.append((len(self.leaves), row, end))
+            row = end
+        self.leaves.append(joined.requires_grad_())
+        return joined
+
+
+class Decoder:
+    """`Weights` at work.
+
+    Args:
+        recompute: keep no activations between the layers; compute them again on the way back.
+    """
+
+    def __init__(self, weights: Weights, operations: Operations, *, recompute: bool = False) -> None:
+        self.weights = weights
+        self._do = operations
+        self._recompute = recompute
+
+    def loss(
+        self,
+        ids_t: torch.Tensor,
+        positions_t: torch.Tensor,
+        layout: Layout,
+        learned_n: torch.Tensor,
+        targets_n: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the cross-entropies in nats, number of targets that were the likeliest token)."""
+        weights, do = self.weights, self._do
+        cos, sin = weights.rotary(positions_t)
+        hidden = F.embedding(ids_t, weights.embedding, padding_idx=weights.padding_id)
+        for layer in weights.layers:
+            hidden = self._run(self._layer, hidden, cos, sin, layout, layer)
+        hidden = do.rms_norm(hidden[learned_n], weights.norm, weights.config.rms_norm_eps)
+        return do.loss_sum(hidden, weights.head, targets_n)
+
+    def _run(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        if self._recompute and torch.is_grad_enabled():
+            kept: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return function(*arguments)
+
+    def _layer(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, layer: Layer
+    ) -> torch.Tensor:
+        do, config = self._do, self.weights.config
+        eps, size = config.rms_norm_eps, self.weights.head_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        qkv = F.linear(do.rms_norm(hidden, layer.norm_1, eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(-1, heads + 2 * groups, size)
+        if layer.q_norm is not None:
+            assert layer.k_norm is not None
+            q, k, v = qkv.split((heads, groups, groups), dim=1)
+            qkv = torch.cat((do.rms_norm(q, layer.q_norm, eps), do.rms_norm(k, layer.k_norm, eps), v), dim=1)
+        attended = do.attention(qkv, cos, sin, layout, heads, groups)
+        hidden = hidden + F.linear(attended.flatten(1), layer.o)
+        inner = do.swiglu(F.linear(do.rms_norm(hidden, layer.norm_2, eps), layer.gate_up))
+        return hidden + F.linear(inner, layer.down)
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _names(config: Any, model: Any) -> Iterator[tuple[str, None]]:
+    """The parameters a plain model has, those of its options included where it has them."""
+    have = {name for name, _ in model.named_parameters()}
+    yield _EMBEDDING, None
+    yield "model.norm.weight", None
+    if _HEAD in have:
+        yield _HEAD, None
+    for index in range(config.num_hidden_layers):
+        at = f"model.layers.{index}."
+        for part in ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            yield f"{at}{part}.weight", None
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{at}self_attn.{part}.weight", None
+        biases = [f"{at}self_attn.{part}_proj.bias" for part in "qkv"]
+        norms = [f"{at}self_attn.{part}_norm.weight" for part in "qk"]
+        for group in (biases, norms):
+            if all(name in have for name in group):
+                yield from ((name, None) for name in group)
+
+
+def _windowed(config: Any) -> bool:
+    """Whether some layer attends to the last tokens only."""
+    kinds = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in kinds):
+        return True
+    return bool(getattr(config, "sliding_window", None)) and not kinds and config.model_type == "mistral"
+
+
+def _rope_type(config: Any) -> str:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "partial"
+    return str(parameters.get("rope_type", "default"))
+
+
+def _rope(config: Any, device: torch.device) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies, [head size / 2]; what cosines and sines are multiplied by)."""
+    kind = _rope_type(config)
+    if kind == "default":
+        size = _head_size(config)
+        powers = torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size
+        return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
+    inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
+    return inverse.to(device), float(scale)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def activation_bytes(config: Any, *, recompute: bool) -> int:
+    """About what one token keeps in memory between the forward and the backward pass, in 16 bits.
+
+    Source: counted from `_layer`: its input, both norms' outputs and inputs, q k v, the attention's output, gate, up
+    and their product; with `recompute` one layer of these and each other layer's input.
+    """
+    size = _head_size(config)
+    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * size
+    layer = 5 * config.hidden_size + 2 * qkv + config.num_attention_heads * size + 3 * config.intermediate_size
+    layers = config.num_hidden_layers
+    numbers = layers * config.hidden_size + 3 * layer if recompute else layers * layer
+    return math.ceil(2 * 1.25 * numbers)

@@ -1,0 +1,119 @@
+"""How the conversations of one optimizer step become forward passes. Lists of integers, no torch.
+
+    a step's conversations ─ shortest first ─ cut into passes ─ each pass one flat run of tokens, without padding:
+
+        [ tokens all its conversations begin with ] [ the rest of the 1st ] [ the rest of the 2nd ] …
+
+Each conversation attends to the shared beginning and to itself. A beginning such as the template's system prompt is
+computed once per pass; what it would have computed for each conversation is the same, and its gradient is the sum.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from worker.training.data import IGNORED, Example
+
+SHORTEST_PREFIX = 8
+"""Tokens below which a shared beginning is not worth its bookkeeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward and backward pass over t tokens."""
+
+    ids: list[int]
+    """Token ids, t of them."""
+    positions: list[int]
+    """Of each token in its conversation."""
+    prefix: int
+    """How many of them, the first ones, begin every conversation of this pass."""
+    lengths: list[int]
+    """Of what follows the prefix in each conversation; prefix + sum(lengths) = t."""
+    learned: list[int]
+    """Indices of the tokens whose successor is trained on; one of the prefix may come up for each conversation."""
+    targets: list[int]
+    """Those successors."""
+    tokens: int
+    """Of the conversations, as they were given: a shared beginning counts for each of them."""
+
+
+def conversations(rows: Sequence[Example]) -> list[Example]:
+    """The rows' conversations, packed ones apart."""
+    found = []
+    for row in rows:
+        start = 0
+        for length in row.lengths:
+            end = start + length
+            found.append(Example(row.ids[start:end], row.labels[start:end], (length,)))
+            start = end
+    return found
+
+
+def chunks(rows: Sequence[Example], most: int, most_tokens: int | None = None) -> Iterator[list[Example]]:
+    """At most `most` rows and `most_tokens` tokens (or one row) at a time, shortest first."""
+    waiting: list[Example] = []
+    tokens = 0
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        full = len(waiting) == most or (most_tokens is not None and tokens + len(row.ids) > most_tokens)
+        if waiting and full:
+            yield waiting
+            waiting, tokens = [], 0
+        waiting.append(row)
+        tokens += len(row.ids)
+    if waiting:
+        yield waiting
+
+
+def plan(rows: Sequence[Example], most: int, most_tokens: int | None = None) -> Iterator[Pass]:
+    """The passes of these rows."""
+    for chunk in chunks(rows, most, most_tokens):
+        yield join(sorted(conversations(chunk), key=lambda example: len(example.ids)))
+
+
+def share(rows: Sequence[Example], rank: int, world: int) -> list[Example]:
+    """What one of `world` processes takes of a step: every conversation is somebody's, token counts are near equal."""
+    loads = [0] * world
+    mine = []
+    for example in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += len(example.ids)
+        if least == rank:
+            mine.append(example)
+    return mine
+
+
+def join(members: Sequence[Example]) -> Pass:
+    """The conversations as one pass."""
+    prefix = shared_prefix(members)
+    ids, positions = members[0].ids[:prefix], list(range(prefix))
+    learned: list[int] = []
+    targets: list[int] = []
+    for member in members:
+        # Token i of this conversation, i >= prefix, is at index i + offset; its predecessor may be the prefix's last.
+        offset = len(ids) - prefix
+        for at in range(1, len(member.ids)):
+            if member.labels[at] != IGNORED:
+                learned.append(at - 1 if at - 1 < prefix else at - 1 + offset)
+                targets.append(member.labels[at])
+        ids += member.ids[prefix:]
+        positions += range(prefix, len(member.ids))
+    lengths = [len(member.ids) - prefix for member in members]
+    return Pass(ids, positions, prefix, lengths, learned, targets, sum(len(member.ids) for member in members))
+
+
+def shared_prefix(members: Sequence[Example]) -> int:
+    """Tokens with which all of them begin and after which each has at least one more; 0 if too few to matter."""
+    if len(members) < 2:
+        return 0
+    # What the smallest and the largest list have in common, all lists between them have too.
+    first, last = min(member.ids for member in members), max(member.ids for member in members)
+    longest = min(len(member.ids) for member in members) - 1
+    common = 0
+    while common < longest and first[common] == last[common]:
+        common += 1
+    return common if common >= SHORTEST_PREFIX else 0
+
+
+def count_learned(rows: Sequence[Example]) -> int:
+    """Tokens the loss is taken over: a conversation's first has nothing before it."""
+    return sum(label != IGNORED for one in conversations(rows) for label in one.labels[1:])

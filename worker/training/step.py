@@ -1,0 +1,94 @@
+"""One optimizer step's loss and gradients, pass by pass, for plain decoders. What a pass computes is `decoder`'s."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker.training import attention, passes
+from worker.training.data import Example
+from worker.training.decoder import Decoder, Weights
+from worker.training.operations import CpuOperations
+from worker.training.passes import Pass
+
+
+class Abandoned(Exception):
+    """A stop was asked for in the middle of a step, which leaves nothing behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Over what was trained on or evaluated, on the device: reading one waits for it."""
+
+    loss: Any
+    """Cross-entropies in nats."""
+    correct: Any
+    """Targets that were the likeliest token."""
+    learned: int
+    """Targets."""
+
+
+class Stepper:
+    """Runs passes on the engine's model.
+
+    Args:
+        model: the engine's; its parameters get the gradients.
+        dtype: of the products.
+        recompute: gradient checkpointing.
+        most: conversations (rows, if packed) per pass.
+        most_tokens: tokens per pass, of more than one row.
+    """
+
+    def __init__(
+        self, model: Any, dtype: torch.dtype, *, recompute: bool, most: int, most_tokens: int | None = None
+    ) -> None:
+        self.weights = Weights(model, dtype)
+        self._decoder = Decoder(self.weights, self._operations(), recompute=recompute)
+        self._most, self._most_tokens = most, most_tokens
+        self._device = self.weights.embedding.device
+
+    def step(self, rows: Sequence[Example], learned: int, should_stop: Callable[[], bool]) -> Sums:
+        """The loss of these rows, and its gradient over `learned` as the parameters' `.grad`.
+
+        Raises:
+            Abandoned: `should_stop()` became true between two passes.
+        """
+        self.weights.refresh()
+        loss, correct, first = self._zero(), self._zero(torch.long), True
+        for one in passes.plan(rows, self._most, self._most_tokens):
+            if not first and should_stop():
+                raise Abandoned
+            found = self._pass(one, 1 / learned, first=first)
+            loss, correct, first = loss + found[0], correct + found[1], False
+        return Sums(loss, correct, learned)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
+    def evaluate(self, rows: Sequence[Example], most_tokens: int, should_stop: Callable[[], bool]) -> Sums | None:
+        """Loss and right answers over the rows; None if `should_stop()` became true meanwhile."""
+        self.weights.refresh()
+        loss, correct, learned = self._zero(), self._zero(torch.long), 0
+        for one in passes.plan(rows, len(rows), most_tokens):
+            if should_stop():
+                return None
+            found = self._decoder.loss(*self._inputs(one))
+            loss, correct, learned = loss + found[0], correct + found[1], learned + len(one.targets)
+        return Sums(loss, correct, learned)
+
+    def _operations(self) -> Any:
+        return CpuOperations()
+
+    def _pass(self, one: Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
+        loss, correct = self._decoder.loss(*self._inputs(one))
+        gradients = torch.autograd.grad(loss * scale, self.weights.leaves)
+        self.weights.hand_over(list(gradients), first=first)
+        return loss.detach(), correct
+
+    def _inputs(self, one: Pass) -> tuple[Any, ...]:
+        """Arguments of `Decoder.loss`."""
+        numbers = (one.ids, one.positions, one.learned, one.targets)
+        ids, positions, learned, targets = (torch.tensor(part, device=self._device) for part in numbers)
+        return ids, positions, attention.layout(one.prefix, one.lengths), learned, targets
+
+    def _zero(self, dtype: torch.dtype = torch.float32) -> Any:
+        return torch.zeros((), dtype=dtype, device=self._device)
