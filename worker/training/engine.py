@@ -225,7 +225,10 @@ def make_stepper(engine: Engine, resolved: Resolved) -> Stepper | None:
     model = engine.bare_model()
     if resolved.precision == "fp16" or not decoder.is_plain(model):
         return None
-    return Stepper(
+    kind = Stepper
+    if engine.args.device.type == "cuda":
+        from worker.training.gpu import GraphStepper as kind
+    return kind(
         model,
         torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
         recompute=bool(resolved.gradient_checkpointing),

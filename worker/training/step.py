@@ -12,6 +12,9 @@ from worker.training.decoder import Decoder, Weights
 from worker.training.operations import CpuOperations
 from worker.training.passes import Pass
 
+NO_TARGET = -1
+"""In the place of a target where there is none: padding."""
+
 
 class Abandoned(Exception):
     """A stop was asked for in the middle of a step, which leaves nothing behind."""
