@@ -161,6 +161,10 @@ class Weights:
         return joined
 
 
+Hidden = tuple[torch.Tensor, torch.Tensor]
+"""What a layer hands on: the residual stream, and what is still to be added to it."""
+
+
 class Decoder:
     """`Weights` at work.
 
@@ -185,33 +189,41 @@ class Decoder:
         weights, do = self.weights, self._do
         cos, sin = weights.rotary(positions_t)
         hidden = F.embedding(ids_t, weights.embedding, padding_idx=weights.padding_id)
+        delta = None
         for layer in weights.layers:
-            hidden = self._run(self._layer, hidden, cos, sin, layout, layer)
-        hidden = do.rms_norm(hidden[learned_n], weights.norm, weights.config.rms_norm_eps)
-        return do.loss_sum(hidden, weights.head, targets_n)
+            hidden, delta = self._run(self._layer, hidden, delta, cos, sin, layout, layer)
+        assert delta is not None
+        _, last = do.add_norm(hidden[learned_n], delta[learned_n], weights.norm, weights.config.rms_norm_eps)
+        return do.loss_sum(last, weights.head, targets_n)
 
-    def _run(self, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+    def _run(self, function: Callable[..., Hidden], *arguments: Any) -> Hidden:
         if self._recompute and torch.is_grad_enabled():
-            kept: torch.Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            kept: Hidden = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
             return kept
         return function(*arguments)
 
     def _layer(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, layer: Layer
-    ) -> torch.Tensor:
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layout: Layout,
+        layer: Layer,
+    ) -> Hidden:
         do, config = self._do, self.weights.config
         eps, size = config.rms_norm_eps, self.weights.head_size
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        qkv = F.linear(do.rms_norm(hidden, layer.norm_1, eps), layer.qkv, layer.qkv_bias)
-        qkv = qkv.view(-1, heads + 2 * groups, size)
+        hidden, normal = do.add_norm(hidden, delta, layer.norm_1, eps)
+        qkv = F.linear(normal, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * groups, size)
         if layer.q_norm is not None:
             assert layer.k_norm is not None
             q, k, v = qkv.split((heads, groups, groups), dim=1)
-            qkv = torch.cat((do.rms_norm(q, layer.q_norm, eps), do.rms_norm(k, layer.k_norm, eps), v), dim=1)
+            q, k = do.add_norm(q, None, layer.q_norm, eps)[1], do.add_norm(k, None, layer.k_norm, eps)[1]
+            qkv = torch.cat((q, k, v), dim=1)
         attended = do.attention(qkv, cos, sin, layout, heads, groups)
-        hidden = hidden + F.linear(attended.flatten(1), layer.o)
-        inner = do.swiglu(F.linear(do.rms_norm(hidden, layer.norm_2, eps), layer.gate_up))
-        return hidden + F.linear(inner, layer.down)
+        hidden, normal = do.add_norm(hidden, F.linear(attended.flatten(1), layer.o), layer.norm_2, eps)
+        return hidden, F.linear(do.swiglu(F.linear(normal, layer.gate_up)), layer.down)
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -1,7 +1,7 @@
 """The pieces of a decoder's layer between its matrix products, and whole passes as CUDA graphs, for NVIDIA GPUs.
 
-Compiled once for any number of tokens: norms, rotary embedding, SwiGLU and the loss's softmax are bound by memory, and
-fused they read and write it once. Attention is PyTorch's kernel for sequences of varied lengths.
+Norms, rotary embedding, SwiGLU and the loss's softmax are bound by memory, and fused they read and write it once
+(`kernels`). Attention is PyTorch's kernel for sequences of varied lengths.
 
 A pass is launched kernel by kernel the first time its shape comes up and recorded as a graph the second time; from
 then on the whole of it is one launch, however slow the host. So that shapes repeat, token counts are padded, with
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from worker.training import step
+from worker.training import kernels, step
 from worker.training.passes import Pass
 
 CHUNK_ROWS = 8192
@@ -58,12 +58,9 @@ class GpuLayout:
         """Of each token, its key in its own conversation."""
         self.prefix_keys = integers(shape.prefix, shape.sequences)
         """Of each token of the prefix, its keys in all conversations; where there is none, any."""
-        self.is_prefix_key = torch.zeros(shape.prefix, shape.sequences, dtype=torch.bool, device=device)
+        self.is_other_key = torch.zeros(shape.prefix, shape.sequences, dtype=torch.bool, device=device)
 
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        ends = (self.query_ends, self.key_ends)
-        return (*ends, self.key_rows, self.own_keys, self.prefix_keys, self.is_prefix_key)
+        self.tokens = torch.arange(shape.tokens, device=device)
 
 
 def padded(number: int) -> int:
@@ -141,8 +138,8 @@ class Inputs:
             tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype).pin_memory(), non_blocking=True)
         if one.prefix:
             starts = torch.tensor(prefix_starts).pin_memory().to(self.ids.device, non_blocking=True)
-            layout.is_prefix_key.zero_()
-            layout.is_prefix_key[:, : len(prefix_starts)] = True
+            layout.is_other_key.zero_()
+            layout.is_other_key[:, : len(prefix_starts)] = True
             layout.prefix_keys[:, : len(prefix_starts)] = (
                 starts[None] + torch.arange(one.prefix, device=starts.device)[:, None]
             )
@@ -152,88 +149,63 @@ class Inputs:
 class GpuOperations:
     """`worker.training.operations.Operations` for GPUs."""
 
-    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
-        return _rms_norm(x, weight, eps)
+    def add_norm(self, x: Any, delta: Any, weight: Any, eps: float) -> tuple[Any, Any]:
+        h, y = kernels.AddNorm.apply(x, delta, weight, eps)
+        return h, y
 
     def swiglu(self, gate_up: Any) -> Any:
-        return _swiglu(gate_up)
+        return kernels.SwiGlu.apply(gate_up)
 
     def attention(self, qkv: Any, cos: Any, sin: Any, layout: GpuLayout, heads: int, groups: int) -> Any:
-        turned = _turn(qkv, cos, sin, heads + groups)
-        q, kv = turned[:, :heads], turned[:, heads:]
-        if layout.shape.prefix:
-            kv = _Repeat.apply(kv, layout)
-        k, v = kv[:, :groups], kv[:, groups:]
-        return _Varlen.apply(q, k, v, layout)
+        return _Varlen.apply(qkv, cos, sin, layout, heads, groups)
 
     def loss_sum(self, hidden: Any, weight: Any, targets: Any) -> tuple[Any, Any]:
         loss, correct = _HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
         return loss, correct
 
 
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+class _Varlen(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
+    """Rotary embedding and attention, [t, heads + 2 groups, size] → [t, heads, size].
 
-
-@_compiled
-def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-@_compiled
-def _swiglu(gate_up: Any) -> Any:
-    gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
-
-
-@_compiled
-def _turn(qkv: Any, cos: Any, sin: Any, turning: int) -> Any:
-    """Rotate the first heads: qkv [t, heads, size], cos and sin [t, size / 2]."""
-    one, two = qkv.chunk(2, -1)
-    is_turning = (torch.arange(qkv.shape[1], device=qkv.device) < turning)[None, :, None]
-    cos = torch.where(is_turning, cos[:, None], 1.0)
-    sin = torch.where(is_turning, sin[:, None], 0.0)
-    return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(qkv.dtype)
-
-
-class _Repeat(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
-    """Keys and values of the tokens → those of the sequences, the prefix repeated; its gradients add up in order."""
+    Keys and values are laid out for each conversation, the prefix repeated; its gradients are added up in a fixed
+    order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kv: Any, layout: GpuLayout) -> Any:
-        ctx.layout = layout
-        return kv[layout.key_rows]
-
-    @staticmethod
-    def backward(ctx: Any, d_repeated: Any) -> Any:
-        layout = ctx.layout
-        d_kv = d_repeated[layout.own_keys]
-        copies = d_repeated[layout.prefix_keys].float() * layout.is_prefix_key[..., None, None]
-        d_kv[: layout.shape.prefix] += copies.sum(1).to(d_kv.dtype)
-        return d_kv, None
-
-
-class _Varlen(torch.autograd.Function):  # type: ignore[misc]
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, layout: GpuLayout) -> Any:
-        longest = layout.shape.longest
+    def forward(ctx: Any, qkv: Any, cos: Any, sin: Any, layout: GpuLayout, heads: int, groups: int) -> Any:
+        longest, size = layout.shape.longest, qkv.shape[-1]
+        q = torch.empty_like(qkv[:, :heads], memory_format=torch.contiguous_format)
+        kv = torch.empty(layout.shape.keys, 2 * groups, size, dtype=qkv.dtype, device=qkv.device)
+        kernels.turn(qkv[:, :heads], q, cos, sin, heads)
+        kernels.turn(qkv[:, heads:], kv, cos, sin, groups, rows=layout.key_rows, angles=layout.key_rows)
+        k, v = kv[:, :groups], kv[:, groups:]
         out, logsumexp, state, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, layout.query_ends, layout.key_ends, longest, longest, 0.0, True, False
         )
-        ctx.save_for_backward(q, k, v, out, logsumexp, state, unused)
+        ctx.save_for_backward(q, k, v, out, logsumexp, state, unused, cos, sin)
         ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Any) -> Any:
-        q, k, v, out, logsumexp, state, unused = ctx.saved_tensors
+        q, k, v, out, logsumexp, state, unused, cos, sin = ctx.saved_tensors
         layout, longest = ctx.layout, ctx.layout.shape.longest
+        heads, groups, size = q.shape[1], k.shape[1], q.shape[2]
         d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
             d_out.contiguous(), q, k, v, out, logsumexp, layout.query_ends, layout.key_ends, longest, longest, 0.0,
             True, state, unused,
         )  # fmt: skip
-        return d_q, d_k, d_v, None
+        d_qkv = torch.empty(len(q), heads + 2 * groups, size, dtype=q.dtype, device=q.device)
+        kernels.turn(d_q, d_qkv[:, :heads], cos, sin, heads, back=True)
+        for start, part, turning in ((heads, d_k, groups), (heads + groups, d_v, 0)):
+            extra = None
+            if layout.shape.prefix:
+                extra = (part[layout.prefix_keys].float() * layout.is_other_key[..., None, None]).sum(1)
+            kernels.turn(
+                part, d_qkv[:, start : start + groups], cos, sin, turning, back=True, rows=layout.own_keys,
+                angles=layout.tokens, extra=extra,
+            )  # fmt: skip
+        return d_qkv, None, None, None, None, None
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -263,7 +235,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         return d_hidden * d_loss.to(d_hidden.dtype), (d_weight * d_loss).to(ctx.weight_dtype), None, None
 
 
-@_compiled
+@torch.compile(dynamic=True, fullgraph=True)
 def _softmax_loss(logits: Any, targets: Any) -> tuple[Any, Any, Any]:
     """(gradient of the logits, sum of the losses, right answers)."""
     wide = logits.float()

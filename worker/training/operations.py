@@ -16,7 +16,11 @@ from worker.training.attention import Layout
 class Operations(Protocol):
     """What `worker.training.decoder` is made of besides products. t tokens, d hidden size."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, its root mean square norm times the weight), over the last dimension."""
+        ...
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[t, 2 f] → [t, f]: silu(first half) x second half."""
@@ -38,9 +42,11 @@ class Operations(Protocol):
 class CpuOperations:
     """See the module."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        result: torch.Tensor = _RmsNorm.apply(x, weight, eps)
-        return result
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        h = x if delta is None else x + delta
+        return h, _RmsNorm.apply(h, weight, eps)
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = _SwiGlu.apply(gate_up)
