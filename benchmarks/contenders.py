@@ -142,6 +142,7 @@ CONTENDERS: dict[str, Contender] = {
     "unsloth-fp32": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=False),
     "trl": Contender(_rival("trl_script.py"), packed=False),
     "trl-under-unsloth": Contender(_rival("trl_script.py", "--under-unsloth"), packed=False, gpu=False),
+    "trl-use-cpu": Contender(_rival("trl_script.py", "--use-cpu"), packed=False, gpu=False),
     "llama-factory": Contender(
         _rival("llama_factory.py", python=_llama_factory_python), packed=False, missing=_llama_factory_missing
     ),

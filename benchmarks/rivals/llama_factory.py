@@ -15,6 +15,7 @@ from benchmarks.rivals import recorder
 
 
 def work(voice: recorder.Voice) -> None:
+    import torch
     from transformers import AutoTokenizer, Trainer
 
     without_torchaudio()
@@ -57,6 +58,7 @@ def work(voice: recorder.Voice) -> None:
             "weight_decay": recorder.WEIGHT_DECAY,
             "max_grad_norm": recorder.MAX_GRAD_NORM,
             "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
             "seed": args.seed,
             "data_seed": args.seed,
             "logging_steps": 1,

