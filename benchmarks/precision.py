@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import processes, training_result, training_rows
 from benchmarks.contenders import Work, spec
-from benchmarks.training import base_model, processor
+from benchmarks.training import base_model, command, processor
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -110,7 +110,7 @@ class Bench:
 
     def _write(self, out: Path) -> None:
         report = {
-            "command": "python benchmarks/precision.py " + " ".join(sys.argv[1:]),
+            "command": command("python benchmarks/precision.py"),
             "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "machine": {"cpus": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
             "device": next((run["device"] for run in self.runs if run["device"]), None),

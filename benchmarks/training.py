@@ -150,7 +150,7 @@ class Bench:
     def _write(self, out: Path) -> None:
         """Whole or not at all: a run that is cut off must leave what it has."""
         report = {
-            "command": "python3 benchmarks/training.py " + " ".join(sys.argv[1:]),
+            "command": command("python3 benchmarks/training.py"),
             "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "machine": {"cpus": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
             "device": self._device(),
@@ -245,11 +245,16 @@ def base_model(args: argparse.Namespace, scratch: Path) -> Path:
         model = resolve(MODEL, Settings(data=scratch / "weights")).path
     if args.model_shape:
         target = scratch / args.model_shape
-        command = [sys.executable, "-m", "benchmarks.random_model", "--shape", args.model_shape, "--like", str(model)]
-        command += ["--dtype", args.model_dtype, "--out", str(target)]
-        subprocess.run(command, check=True, env=processes.environment(scratch, on_gpu=False))
+        make = [sys.executable, "-m", "benchmarks.random_model", "--shape", args.model_shape, "--like", str(model)]
+        make += ["--dtype", args.model_dtype, "--out", str(target)]
+        subprocess.run(make, check=True, env=processes.environment(scratch, on_gpu=False))
         return target
     return model
+
+
+def command(program: str) -> str:
+    """What was typed, with folders that are somebody's own left out."""
+    return " ".join([program, *(Path(part).name if part.startswith("/") else part for part in sys.argv[1:])])
 
 
 def processor() -> str:
