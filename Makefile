@@ -144,7 +144,8 @@ LLAMA_FACTORY_STAMP := $(LLAMA_FACTORY_VENV)/.installed-$(notdir $(LLAMA_FACTORY
 
 setup-llama-factory: $(LLAMA_FACTORY_STAMP)
 
-$(LLAMA_FACTORY_STAMP): VENV := $(LLAMA_FACTORY_VENV)
+# `override`: with VENV= on the command line these versions would go into that environment, over ours.
+$(LLAMA_FACTORY_STAMP): override VENV := $(LLAMA_FACTORY_VENV)
 $(LLAMA_FACTORY_STAMP): $(LLAMA_FACTORY_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(LLAMA_FACTORY_LOCK) into $(VENV) (some minutes, once)" >&2
