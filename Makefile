@@ -19,6 +19,8 @@
 #   make soak        half an hour under load: memory, descriptors and disk must stay flat
 #   make bench-api   jobs that one API process creates and reads a second, for 16 clients, on both databases
 #   make bench-serving  tokens a second through the service and on bare engines, for 1, 8 and 32 streams
+#   make bench-training  Anneal's trainer beside Unsloth's script, TRL and LLaMA-Factory, three runs each: some hours on CPU
+#   make bench-precision  what bf16 changes in what is learnt, over 200 steps at two learning rates: some hours on CPU
 #
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.13), LOCK=locks/gpu.lock installs for an NVIDIA GPU.
 
@@ -26,7 +28,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install setup-vllm setup-eval demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving test-serving
+.PHONY: help install setup-vllm setup-eval setup-llama-factory demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving bench-training bench-precision test-serving
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -39,7 +41,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,24s/^# *//p' Makefile
+	@sed -n '3,26s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -134,6 +136,29 @@ test-serving: install setup-vllm setup-eval
 
 bench-serving: install setup-vllm
 	$(SERVING) $(BIN)/python -m benchmarks.serving $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# LLaMA-Factory's pins refuse our versions too (benchmarks/results/README.md).
+LLAMA_FACTORY_VENV ?= .venv-llama-factory
+LLAMA_FACTORY_LOCK := locks/llama-factory.lock
+LLAMA_FACTORY_STAMP := $(LLAMA_FACTORY_VENV)/.installed-$(notdir $(LLAMA_FACTORY_LOCK))
+
+setup-llama-factory: $(LLAMA_FACTORY_STAMP)
+
+# `override`: with VENV= on the command line these versions would go into that environment, over ours.
+$(LLAMA_FACTORY_STAMP): override VENV := $(LLAMA_FACTORY_VENV)
+$(LLAMA_FACTORY_STAMP): $(LLAMA_FACTORY_LOCK)
+	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
+	@echo "Installing $(LLAMA_FACTORY_LOCK) into $(VENV) (some minutes, once)" >&2
+	$(PIP) "$$(grep '^torch==' $(LLAMA_FACTORY_LOCK))" --constraint $(LLAMA_FACTORY_LOCK)
+	$(PIP) --no-deps --requirement $(LLAMA_FACTORY_LOCK)
+	@touch $@
+
+bench-training: install setup-llama-factory
+	ANNEAL_LLAMA_FACTORY_PYTHON=$(abspath $(LLAMA_FACTORY_VENV))/bin/python \
+	  $(BIN)/python benchmarks/training.py $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench-precision: install
+	$(BIN)/python benchmarks/precision.py $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
