@@ -1,26 +1,25 @@
 """The pieces of a decoder's layer between its matrix products, and whole passes as CUDA graphs, for NVIDIA GPUs.
 
 Norms, rotary embedding, SwiGLU and the loss's softmax are bound by memory, and fused they read and write it once
-(`kernels`). Attention is PyTorch's kernel for sequences of varied lengths.
+(`kernels`); so is attention (`varlen`).
 
 A pass is launched kernel by kernel the first time its shape comes up and recorded as a graph the second time; from
-then on the whole of it is one launch, however slow the host. So that shapes repeat, token counts are padded, with
-sequences of their own that nothing is learned from.
+then on the whole of it is one launch, however slow the host. So that shapes repeat, sizes are padded, with tokens that
+nothing is learned from.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from worker.training import kernels, step
+from worker.training import kernels, step, varlen
 from worker.training.passes import Pass
 
 CHUNK_ROWS = 8192
 """Positions whose logits are held at once."""
-PADDING_SEQUENCE = 128
-"""Tokens of one sequence of padding: no longer than what a block of the attention kernel takes."""
 MOST_GRAPHS = 64
 """Shapes whose graphs are kept. They share their memory."""
 
@@ -31,119 +30,55 @@ class Shape:
 
     tokens: int
     prefix: int
-    sequences: int
-    """Including the prefix and the padding."""
-    keys: int
-    longest: int
+    query_tiles: int
+    key_tiles: int
     learned: int
     first: bool
+    """Of its step: gradients are set, not added."""
 
 
+@dataclass(frozen=True, slots=True)
 class GpuLayout:
-    """Who attends to whom, as the kernel for varied lengths takes it.
+    """Who attends to whom: `varlen.Tiles` on the GPU."""
 
-    Queries are the run's tokens; keys are, for each conversation, the prefix again and then its own tokens.
-    """
-
-    def __init__(self, shape: Shape, device: Any) -> None:
-        def integers(*sizes: int, dtype: torch.dtype = torch.int64) -> Any:
-            return torch.zeros(sizes, dtype=dtype, device=device)
-
-        self.shape = shape
-        self.query_ends = integers(shape.sequences + 1, dtype=torch.int32)
-        self.key_ends = integers(shape.sequences + 1, dtype=torch.int32)
-        self.key_rows = integers(shape.keys)
-        """Of each key, its token."""
-        self.own_keys = integers(shape.tokens)
-        """Of each token, its key in its own conversation."""
-        self.prefix_keys = integers(shape.prefix, shape.sequences)
-        """Of each token of the prefix, its keys in all conversations; where there is none, any."""
-        self.is_other_key = torch.zeros(shape.prefix, shape.sequences, dtype=torch.bool, device=device)
-
-        self.tokens = torch.arange(shape.tokens, device=device)
+    queries: Any
+    keys: Any
+    prefix: int
 
 
-def padded(number: int) -> int:
-    """A size that few different numbers share: an eighth of the power of two below, at least 256, apart."""
-    stride = max(256, 2 ** int(math.log2(max(number, 1))) // 8)
+def padded(number: int, least: int = 256) -> int:
+    """A size that few different numbers share: an eighth of the power of two below, at least `least`, apart."""
+    stride = max(least, 2 ** int(math.log2(max(number, 1))) // 8)
     return -(-number // stride) * stride
 
 
-def shape_of(one: Pass, *, first: bool) -> Shape:
-    tokens = padded(len(one.ids))
-    padding = -(-(tokens - len(one.ids)) // PADDING_SEQUENCE)
-    sequences = len(one.lengths) + bool(one.prefix) + padding
-    copies = len(one.lengths) * one.prefix
-    return Shape(
-        tokens=tokens,
-        prefix=one.prefix,
-        sequences=sequences if sequences <= 16 else -(-sequences // 32) * 32,
-        keys=padded(tokens + copies),
-        longest=max(PADDING_SEQUENCE, 2 ** math.ceil(math.log2(one.prefix + max(one.lengths)))),
-        learned=padded(len(one.targets)),
-        first=first,
-    )
-
-
 class Inputs:
-    """A pass's tensors on the GPU; the same ones are filled again for the next pass of the shape."""
+    """A pass's tensors on the GPU, all in one piece of memory; filled again for the next pass of the shape."""
 
     def __init__(self, shape: Shape, device: Any) -> None:
         self.shape = shape
-        self.ids, self.positions = (torch.zeros(shape.tokens, dtype=torch.int64, device=device) for _ in range(2))
-        self.learned, self.targets = (torch.zeros(shape.learned, dtype=torch.int64, device=device) for _ in range(2))
+        sizes = [shape.tokens] * 2 + [shape.learned] * 2 + [shape.query_tiles * 4, shape.key_tiles * 5]
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.ids, self.positions, self.learned, self.targets, queries, keys = self._numbers.split(sizes)
+        self.layout = GpuLayout(queries.view(-1, 4), keys.view(-1, 5), shape.prefix)
         self.scale = torch.zeros((), device=device)
-        self.layout = GpuLayout(shape, device)
 
-    def fill(self, one: Pass, scale: float) -> None:
+    def fill(self, one: Pass, tiles: varlen.Tiles, scale: float) -> None:
         shape = self.shape
         missing = shape.tokens - len(one.ids)
-        padding = [min(PADDING_SEQUENCE, missing - at) for at in range(0, missing, PADDING_SEQUENCE)]
-        lengths = [*one.lengths, *padding]
-        before = [one.prefix] * len(one.lengths) + [0] * len(padding)
-        own_start = one.prefix  # in tokens
-        query_ends, key_ends, key_rows = [0], [0], []
-        own_keys: list[int] = []
-        if one.prefix:
-            query_ends.append(one.prefix)
-            key_ends.append(one.prefix)
-            key_rows += range(one.prefix)
-            own_keys += range(one.prefix)
-        prefix_starts = []
-        for length, ahead in zip(lengths, before, strict=True):
-            if ahead:
-                prefix_starts.append(len(key_rows))
-                key_rows += range(ahead)
-            own_keys += range(len(key_rows), len(key_rows) + length)
-            key_rows += range(own_start, own_start + length)
-            own_start += length
-            query_ends.append(own_start)
-            key_ends.append(len(key_rows))
-        for ends in (query_ends, key_ends):
-            ends += ends[-1:] * (shape.sequences + 1 - len(ends))
-        key_rows += [0] * (shape.keys - len(key_rows))
-        layout = self.layout
-        positions = [*one.positions, *(at for length in padding for at in range(length))]
-        pairs: list[tuple[Any, list[int]]] = [
-            (self.ids, one.ids + [0] * missing),
-            (self.positions, positions),
-            (self.learned, one.learned + [0] * (shape.learned - len(one.learned))),
-            (self.targets, one.targets + [step.NO_TARGET] * (shape.learned - len(one.targets))),
-            (layout.query_ends, query_ends),
-            (layout.key_ends, key_ends),
-            (layout.key_rows, key_rows),
-            (layout.own_keys, own_keys),
-        ]
-        for tensor, numbers in pairs:
-            tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype).pin_memory(), non_blocking=True)
-        if one.prefix:
-            starts = torch.tensor(prefix_starts).pin_memory().to(self.ids.device, non_blocking=True)
-            layout.is_other_key.zero_()
-            layout.is_other_key[:, : len(prefix_starts)] = True
-            layout.prefix_keys[:, : len(prefix_starts)] = (
-                starts[None] + torch.arange(one.prefix, device=starts.device)[:, None]
-            )
+        unlearned = shape.learned - len(one.learned)
+        numbers = [
+            *one.ids, *[0] * missing, *one.positions, *[0] * missing,
+            *one.learned, *[0] * unlearned, *one.targets, *[step.NO_TARGET] * unlearned,
+            *itertools.chain.from_iterable(tiles.queries), *[0] * (4 * (shape.query_tiles - len(tiles.queries))),
+            *itertools.chain.from_iterable(tiles.keys), *[0] * (5 * (shape.key_tiles - len(tiles.keys))),
+        ]  # fmt: skip
+        self._numbers.copy_(torch.tensor(numbers, dtype=torch.int32, pin_memory=True), non_blocking=True)
         self.scale.fill_(scale)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `Decoder.loss`."""
+        return self.ids, self.positions, self.layout, self.learned, self.targets
 
 
 class GpuOperations:
@@ -157,55 +92,34 @@ class GpuOperations:
         return kernels.SwiGlu.apply(gate_up)
 
     def attention(self, qkv: Any, cos: Any, sin: Any, layout: GpuLayout, heads: int, groups: int) -> Any:
-        return _Varlen.apply(qkv, cos, sin, layout, heads, groups)
+        return _Attention.apply(qkv, cos, sin, layout, heads, groups)
 
     def loss_sum(self, hidden: Any, weight: Any, targets: Any) -> tuple[Any, Any]:
         loss, correct = _HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
         return loss, correct
 
 
-class _Varlen(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
-    """Rotary embedding and attention, [t, heads + 2 groups, size] → [t, heads, size].
-
-    Keys and values are laid out for each conversation, the prefix repeated; its gradients are added up in a fixed
-    order.
-    """
+class _Attention(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
+    """Rotary embedding and attention, [t, heads + 2 groups, size] → [t, heads, size]."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Any, cos: Any, sin: Any, layout: GpuLayout, heads: int, groups: int) -> Any:
-        longest, size = layout.shape.longest, qkv.shape[-1]
-        q = torch.empty_like(qkv[:, :heads], memory_format=torch.contiguous_format)
-        kv = torch.empty(layout.shape.keys, 2 * groups, size, dtype=qkv.dtype, device=qkv.device)
-        kernels.turn(qkv[:, :heads], q, cos, sin, heads)
-        kernels.turn(qkv[:, heads:], kv, cos, sin, groups, rows=layout.key_rows, angles=layout.key_rows)
-        k, v = kv[:, :groups], kv[:, groups:]
-        out, logsumexp, state, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, layout.query_ends, layout.key_ends, longest, longest, 0.0, True, False
-        )
-        ctx.save_for_backward(q, k, v, out, logsumexp, state, unused, cos, sin)
-        ctx.layout = layout
+        turned = torch.empty_like(qkv)
+        kernels.turn(qkv, turned, cos, sin, heads + groups)
+        out, logsumexp = varlen.forward(turned, layout.queries, heads, groups)
+        ctx.save_for_backward(turned, out, logsumexp, cos, sin)
+        ctx.rest = layout, heads, groups
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Any) -> Any:
-        q, k, v, out, logsumexp, state, unused, cos, sin = ctx.saved_tensors
-        layout, longest = ctx.layout, ctx.layout.shape.longest
-        heads, groups, size = q.shape[1], k.shape[1], q.shape[2]
-        d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-            d_out.contiguous(), q, k, v, out, logsumexp, layout.query_ends, layout.key_ends, longest, longest, 0.0,
-            True, state, unused,
-        )  # fmt: skip
-        d_qkv = torch.empty(len(q), heads + 2 * groups, size, dtype=q.dtype, device=q.device)
-        kernels.turn(d_q, d_qkv[:, :heads], cos, sin, heads, back=True)
-        for start, part, turning in ((heads, d_k, groups), (heads + groups, d_v, 0)):
-            extra = None
-            if layout.shape.prefix:
-                extra = (part[layout.prefix_keys].float() * layout.is_other_key[..., None, None]).sum(1)
-            kernels.turn(
-                part, d_qkv[:, start : start + groups], cos, sin, turning, back=True, rows=layout.own_keys,
-                angles=layout.tokens, extra=extra,
-            )  # fmt: skip
-        return d_qkv, None, None, None, None, None
+        turned, out, logsumexp, cos, sin = ctx.saved_tensors
+        layout, heads, groups = ctx.rest
+        d_turned = varlen.backward(
+            d_out.contiguous(), turned, out, logsumexp, layout.queries, layout.keys, layout.prefix, heads, groups
+        )
+        kernels.turn(d_turned, d_turned, cos, sin, heads + groups, back=True)
+        return d_turned, None, None, None, None, None
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -246,7 +160,7 @@ def _softmax_loss(logits: Any, targets: Any) -> tuple[Any, Any, Any]:
     at_target = torch.where(is_target, wide, 0.0).sum(-1)
     losses = torch.where(counts, normaliser[:, 0] - at_target, 0.0).sum()
     right = (counts & (wide.argmax(-1) == targets)).sum()
-    gradient = torch.where(counts[:, None], (wide - normaliser).exp() - is_target, 0.0)
+    gradient = torch.where(counts[:, None], (wide - normaliser).exp() - is_target.float(), 0.0)
     return gradient.to(logits.dtype), losses, right
 
 
@@ -264,18 +178,19 @@ class GraphStepper(step.Stepper):
         return GpuOperations()
 
     def _inputs(self, one: Pass) -> tuple[Any, ...]:
-        inputs = Inputs(shape_of(one, first=True), self._device)
-        inputs.fill(one, 1.0)
-        return inputs.ids, inputs.positions, inputs.layout, inputs.learned, inputs.targets
+        shape, tiles = _plan(one, first=True)
+        inputs = Inputs(shape, self._device)
+        inputs.fill(one, tiles, 1.0)
+        return inputs.arguments()
 
     def _pass(self, one: Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
-        shape = shape_of(one, first=first)
+        shape, tiles = _plan(one, first=first)
         graph = self._graphs.get(shape)
         again = shape in self._inputs_of
         if not again and len(self._inputs_of) < MOST_GRAPHS:
             self._inputs_of[shape] = Inputs(shape, self._device)
         inputs = self._inputs_of.get(shape) or Inputs(shape, self._device)
-        inputs.fill(one, scale)
+        inputs.fill(one, tiles, scale)
         if graph is None and again:
             graph = self._graphs[shape] = self._record(inputs)
         if graph is None:
@@ -293,8 +208,22 @@ class GraphStepper(step.Stepper):
         return graph
 
     def _compute(self, inputs: Inputs) -> None:
-        loss, correct = self._decoder.loss(inputs.ids, inputs.positions, inputs.layout, inputs.learned, inputs.targets)
+        loss, correct = self._decoder.loss(*inputs.arguments())
         gradients = torch.autograd.grad(loss * inputs.scale, self.weights.leaves)
         self.weights.hand_over(list(gradients), first=inputs.shape.first)
         self._loss.copy_(loss.detach())
         self._correct.copy_(correct)
+
+
+def _plan(one: Pass, *, first: bool) -> tuple[Shape, varlen.Tiles]:
+    tokens = padded(len(one.ids))
+    tiles = varlen.tiles(one.prefix, one.lengths, tokens)
+    shape = Shape(
+        tokens=tokens,
+        prefix=one.prefix,
+        query_tiles=padded(len(tiles.queries), 64),
+        key_tiles=padded(len(tiles.keys), 64),
+        learned=padded(len(one.targets)),
+        first=first,
+    )
+    return shape, tiles

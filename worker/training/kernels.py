@@ -155,60 +155,37 @@ class SwiGlu(torch.autograd.Function):  # type: ignore[misc]
         return d_gate_up
 
 
-# Rotary embedding of some heads of some rows
+# Rotary embedding
 
 
 @triton.jit
-def _turn(source, target, from_row, angle_row, extra, cos, sin, rows, extra_rows, source_stride, target_stride, heads,
-          turning, sign, HAS_ROWS: tl.constexpr, HAS_EXTRA: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr,
-          HALF: tl.constexpr):  # fmt: skip
-    """target[i, j] = source[from_row[i], j] (+ extra[i, j]), rotated by the angles of angle_row[i] if j < turning."""
+def _turn(source, target, cos, sin, rows, heads, turning, sign, R: tl.constexpr, HEADS: tl.constexpr,
+          SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    is_row = row < rows
-    origin = tl.load(from_row + row, is_row, 0) if HAS_ROWS else row
-    angles = tl.load(angle_row + row, is_row, 0) if HAS_ROWS else row
     head = tl.arange(0, HEADS)
-    half = tl.arange(0, HALF)
-    inside = is_row[:, None, None] & (head[None, :, None] < heads)
-    place = head[None, :, None] * 2 * HALF + half[None, None, :]
-    at = origin[:, None, None] * source_stride + place
+    half = tl.arange(0, BLOCK)
+    is_row = row < rows
+    inside = is_row[:, None, None] & (head[None, :, None] < heads) & (half[None, None, :] < HALF)
+    at = row[:, None, None] * heads * SIZE + head[None, :, None] * SIZE + half[None, None, :]
     one = tl.load(source + at, inside, 0.0).to(tl.float32)
     two = tl.load(source + at + HALF, inside, 0.0).to(tl.float32)
-    if HAS_EXTRA:
-        more = inside & (row[:, None, None] < extra_rows)
-        at = row[:, None, None] * heads * 2 * HALF + place
-        one += tl.load(extra + at, more, 0.0)
-        two += tl.load(extra + at + HALF, more, 0.0)
-    at = angles[:, None] * HALF + half[None, :]
-    c = tl.load(cos + at, is_row[:, None], 1.0).to(tl.float32)[:, None, :]
-    s = tl.load(sin + at, is_row[:, None], 0.0).to(tl.float32)[:, None, :] * sign
+    angle = row[:, None] * HALF + half[None, :]
+    is_angle = is_row[:, None] & (half[None, :] < HALF)
+    c = tl.load(cos + angle, is_angle, 1.0).to(tl.float32)[:, None, :]
+    s = tl.load(sin + angle, is_angle, 0.0).to(tl.float32)[:, None, :] * sign
     turns = head[None, :, None] < turning
-    first = tl.where(turns, one * c - two * s, one)
-    second = tl.where(turns, two * c + one * s, two)
-    at = row[:, None, None] * target_stride + place
     kind = target.dtype.element_ty
-    tl.store(target + at, first.to(kind), inside)
-    tl.store(target + at + HALF, second.to(kind), inside)
+    tl.store(target + at, tl.where(turns, one * c - two * s, one).to(kind), inside)
+    tl.store(target + at + HALF, tl.where(turns, two * c + one * s, two).to(kind), inside)
 
 
-def turn(
-    source: Any, target: Any, cos: Any, sin: Any, turning: int, *, back: bool = False, rows: Any = None,
-    angles: Any = None, extra: Any = None,
-) -> None:  # fmt: skip
-    """Fill `target` [n, heads, size] from `source` [m, heads, size]; rows of either may be strided.
+def turn(source: Any, target: Any, cos: Any, sin: Any, turning: int, *, back: bool = False) -> None:
+    """Fill `target` with `source`, its first `turning` heads rotated (back); they may be the same.
 
-    Args:
-        cos, sin: [t, size / 2].
-        turning: heads that are rotated; the others are copied.
-        back: rotate the other way.
-        rows: of each of the n, which of the m; None: the same.
-        angles: of each of the n, which of the t; None: the same.
-        extra: [p, heads, size] in 32 bits, added to the first p rows.
+    Shapes: [t, heads, size] contiguous; cos and sin [t, size / 2].
     """
-    n, heads, size = target.shape
-    none = source if rows is None else rows
-    _turn[(triton.cdiv(n, ROWS),)](
-        source, target, none, none if angles is None else angles, source if extra is None else extra, cos, sin, n,
-        0 if extra is None else len(extra), source.stride(0), target.stride(0), heads, turning, -1.0 if back else 1.0,
-        rows is not None, extra is not None, ROWS, _block(heads), size // 2, num_warps=4,
+    rows, heads, size = source.shape
+    _turn[(triton.cdiv(rows, ROWS),)](
+        source, target, cos, sin, rows, heads, turning, -1.0 if back else 1.0, ROWS, _block(heads), size, size // 2,
+        _block(size // 2), num_warps=4,
     )  # fmt: skip
