@@ -67,7 +67,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._take_up(state)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step_began_s = time.monotonic()
+        if not self._trainer.untold:
+            self._step_began_s = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
@@ -208,10 +209,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         seconds = max(now_s - self._step_began_s, 1e-9)
         self._progress.stepped(seconds)
         self._window.append(loss)
-        counts = self._trainer.counts
+        self._step_began_s = now_s  # of the next one, if it is under way already
+        counts = self._trainer.told_counts
         tokens = counts.tokens - self._reported.tokens
         conversations = counts.conversations - self._reported.conversations
-        learned, correct = counts.learned - self._reported.learned, int(counts.correct - self._reported.correct)
+        learned, correct = counts.learned - self._reported.learned, counts.correct - self._reported.correct
         self._reported = replace(counts)
         if step % self._logging_steps and step < self._resolved.max_steps:
             return
@@ -225,7 +227,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 mean_token_accuracy=None if accuracy is None else float(accuracy),
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=norm if math.isfinite(norm) else None,
-                tokens=self.tokens(self._trainer),
+                tokens=self._tokens_before + counts.tokens,
                 tokens_per_second=tokens / seconds,
                 samples_per_second=conversations / seconds,
                 peak_memory_bytes=peak_memory_bytes(),

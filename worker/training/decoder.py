@@ -74,8 +74,8 @@ class Weights:
         self._masters: list[torch.nn.Parameter] = []
         self._views: list[torch.Tensor] = []
         """Of each master, its place in one of `leaves`."""
-        self._places: list[tuple[int, int, int]] = []
-        """Of each master: leaf, first row, end row."""
+        self._places: list[list[tuple[int, tuple[int, int]]]] = []
+        """Of each leaf, its masters and their rows in it."""
         self.leaves: list[torch.Tensor] = []
         parameters = dict(model.named_parameters())
         self.embedding = self._leaf(parameters, [_EMBEDDING])
@@ -87,7 +87,9 @@ class Weights:
         self.head_size = _head_size(self.config)
         inverse, self._rope_scale = _rope(self.config, self.embedding.device)
         self._inverse_frequencies = inverse
-        self._gradients: list[torch.Tensor] | None = None
+        self._gradients: list[torch.Tensor] = []
+        """Of each master, kept for the life of the run."""
+        self._first = True
 
     def refresh(self) -> None:
         """Take over what the optimizer has done to the masters."""
@@ -101,26 +103,28 @@ class Weights:
         angles = positions_t[:, None].float() * self._inverse_frequencies
         return (angles.cos() * self._rope_scale).to(self.dtype), (angles.sin() * self._rope_scale).to(self.dtype)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
-    def hand_over(self, gradients: list[torch.Tensor], *, first: bool) -> None:
-        """Add the leaves' gradients of one pass to the masters' (`.grad`); the first pass of a step replaces them."""
-        parts = [
-            gradients[leaf][start:end].view(master.shape)
-            for (leaf, start, end), master in zip(self._places, self._masters, strict=True)
-        ]
-        if self._gradients is None:
-            self._gradients = [torch.empty_like(master) for master in self._masters]
-        if first:
-            torch._foreach_copy_(self._gradients, parts)
-        else:
-            torch._foreach_add_(self._gradients, parts)
+    def backward(self, loss: torch.Tensor, *, first: bool) -> None:
+        """Add the gradients of `loss` to the masters' (`.grad`); the first pass of a step replaces them.
+
+        Each leaf's gradient is handed over as soon as it is whole, so that no two of them are held at once.
+        """
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(master) for master in self._masters]
+        self._first = first
+        loss.backward()  # type: ignore[no-untyped-call]
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.grad = gradient
 
-    def gradients(self) -> list[torch.Tensor]:
-        """The masters' gradients, as the last `hand_over` left them."""
-        assert self._gradients is not None
-        return self._gradients
+    def _hand_over(self, index: int) -> None:
+        leaf = self.leaves[index]
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        for master, (start, end) in self._places[index]:
+            target, part = self._gradients[master], gradient[start:end].view(self._masters[master].shape)
+            if self._first:
+                target.copy_(part)
+            else:
+                target.add_(part)
 
     def _layer(self, parameters: dict[str, Any], at: str) -> Layer:
         attention, inner = f"{at}self_attn.", f"{at}mlp."
@@ -148,16 +152,20 @@ class Weights:
         masters = [parameters[name] for name in names]
         joined = torch.cat([master.detach() for master in masters]).to(self.dtype)
         row = 0
+        places = []
         for master in masters:
             end = row + len(master)
             view = joined[row:end]
             if master.dtype == self.dtype:
                 master.data = view
+            places.append((len(self._masters), (row, end)))
             self._masters.append(master)
             self._views.append(view)
-            self._places.append((len(self.leaves), row, end))
             row = end
-        self.leaves.append(joined.requires_grad_())
+        index = len(self.leaves)
+        joined.requires_grad_().register_post_accumulate_grad_hook(lambda _: self._hand_over(index))
+        self._places.append(places)
+        self.leaves.append(joined)
         return joined
 
 

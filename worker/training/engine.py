@@ -11,8 +11,9 @@ import unsloth  # noqa: F401 - patches what is imported below
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,36 @@ class Counts:
     learned: int = 0
     correct: Any = 0
     """On the device."""
+
+
+@dataclass(slots=True)
+class Untold:
+    """A step that is done, or still runs on the GPU, and is not told of yet."""
+
+    step: int
+    epoch: float | None
+    learning_rate: float
+    counts: Counts
+    _numbers: Any = None
+    _copied: Any = None
+
+    def read(self, *numbers: Any) -> None:
+        """Begin to copy what is on the device."""
+        found = torch.stack([torch.as_tensor(number).detach().double().to(numbers[0].device) for number in numbers])
+        if not found.is_cuda:
+            self._numbers = found
+            return
+        self._numbers = torch.empty(len(numbers), dtype=torch.double, pin_memory=True)
+        self._numbers.copy_(found, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def numbers(self) -> tuple[float, float, int]:
+        """Loss, gradient norm, right answers so far; waits for the step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm, correct = self._numbers.tolist()
+        return loss, norm, int(correct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +130,11 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     """None: the model or the number format is not plain, and Unsloth's own forward and loss are used."""
     pass_rows: int
     pass_tokens: int | None
+    untold: deque[Untold]
+    steps_untold: int
+    """Steps that may be under way before the one before them is told of."""
+    told_counts: Counts
+    """As of the step that is being told of."""
 
     def get_train_dataloader(self) -> StepLoader:
         """Whole steps: how one is computed is decided in `training_step`, the order by the seed alone."""
@@ -135,6 +171,47 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             inputs = self.data_collator([vars_of(row) for row in chunk])
             loss = loss + super().training_step(model, inputs, learned)
         return loss
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Any,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: Any = None,
+    ) -> None:
+        """Tell of the step just done, then evaluate and save as the Trainer does.
+
+        On a GPU a step is told of while the next one runs: to read its loss is to wait for it.
+        """
+        step, control = self.state.global_step, self.control
+        if step > self._globalstep_last_logged:  # else the end of an epoch, which is told of already
+            self.untold.append(Untold(step, self.state.epoch, learning_rate, replace(self.counts)))
+            self.untold[-1].read(tr_loss, grad_norm, self.counts.correct)
+            tr_loss.zero_()
+            self._globalstep_last_logged = step
+        last = step >= self.state.max_steps
+        now = control.should_evaluate or control.should_save or control.should_training_stop or last
+        self.tell(start_time, but=0 if now else self.steps_untold)
+        control.should_log = False
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
+        )
+
+    def tell(self, start_time: float, *, but: int) -> None:
+        """Log the steps that are not told of yet, all but the last `but`."""
+        step, epoch = self.state.global_step, self.state.epoch
+        try:
+            while len(self.untold) > but:
+                told = self.untold.popleft()
+                self.state.global_step, self.state.epoch, self.told_counts = told.step, told.epoch, told.counts
+                loss, norm, told.counts.correct = told.numbers()
+                self.log({"loss": loss, "grad_norm": norm, "learning_rate": told.learning_rate}, start_time)
+        finally:
+            self.state.global_step, self.state.epoch = step, epoch
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Called by the training loop when the callback has asked for it."""
@@ -216,7 +293,8 @@ def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, w
     if engine.stepper is None and packed and not getattr(engine.data_collator, "padding_free", False):
         raise AssertionError("the engine turned padding-free batches off; packed conversations would see each other")
     engine.step_order = StepOrder([len(row.ids) for row in rows], resolved.batch_size, engine.args.data_seed)
-    engine.counts = Counts()
+    engine.counts, engine.told_counts = Counts(), Counts()
+    engine.untold, engine.steps_untold = deque(), int(engine.args.device.type == "cuda")
     return engine
 
 

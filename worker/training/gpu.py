@@ -19,7 +19,8 @@ from worker.training import kernels, step, varlen
 from worker.training.passes import Pass
 
 CHUNK_ROWS = 8192
-"""Positions whose logits are held at once."""
+SMALL_CHUNK_ROWS = 512
+"""Positions whose logits are held at once: as many as make the products fast, or few where memory is short."""
 MOST_GRAPHS = 64
 """Shapes whose graphs are kept. They share their memory."""
 
@@ -84,6 +85,9 @@ class Inputs:
 class GpuOperations:
     """`worker.training.operations.Operations` for GPUs."""
 
+    def __init__(self, chunk_rows: int) -> None:
+        self._chunk_rows = chunk_rows
+
     def add_norm(self, x: Any, delta: Any, weight: Any, eps: float) -> tuple[Any, Any]:
         h, y = kernels.AddNorm.apply(x, delta, weight, eps)
         return h, y
@@ -95,7 +99,7 @@ class GpuOperations:
         return _Attention.apply(qkv, cos, sin, layout, heads, groups)
 
     def loss_sum(self, hidden: Any, weight: Any, targets: Any) -> tuple[Any, Any]:
-        loss, correct = _HeadLoss.apply(hidden, weight, targets, torch.is_grad_enabled())
+        loss, correct = _HeadLoss.apply(hidden, weight, targets, self._chunk_rows, torch.is_grad_enabled())
         return loss, correct
 
 
@@ -126,17 +130,17 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """`head.loss_sum` with the softmax compiled; rows without a target count for nothing."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradients: bool) -> Any:
+    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, chunk_rows: int, with_gradients: bool) -> Any:
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         loss = torch.zeros((), device=weight.device)
         correct = torch.zeros((), dtype=torch.int64, device=weight.device)
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            h, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
+        for start in range(0, len(hidden), chunk_rows):
+            h, target = hidden[start : start + chunk_rows], targets[start : start + chunk_rows]
             d_logits, losses, right = _softmax_loss(h @ weight.t(), target)
             loss, correct = loss + losses, correct + right
             if with_gradients:
-                d_hidden[start : start + CHUNK_ROWS] = d_logits @ weight
+                torch.mm(d_logits, weight, out=d_hidden[start : start + chunk_rows])
                 d_weight += d_logits.t() @ h
         ctx.gradients = d_hidden, d_weight
         ctx.weight_dtype = weight.dtype
@@ -146,7 +150,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, d_loss: Any, _d_correct: Any) -> Any:
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        return d_hidden * d_loss.to(d_hidden.dtype), (d_weight * d_loss).to(ctx.weight_dtype), None, None
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(ctx.weight_dtype), None, None, None
 
 
 @torch.compile(dynamic=True, fullgraph=True)
@@ -174,8 +178,8 @@ class GraphStepper(step.Stepper):
         self._pool: Any = None
         self._loss, self._correct = self._zero(), self._zero(torch.long)
 
-    def _operations(self) -> Any:
-        return GpuOperations()
+    def _operations(self, *, recompute: bool) -> Any:
+        return GpuOperations(SMALL_CHUNK_ROWS if recompute else CHUNK_ROWS)
 
     def _inputs(self, one: Pass) -> tuple[Any, ...]:
         shape, tiles = _plan(one, first=True)
@@ -209,8 +213,7 @@ class GraphStepper(step.Stepper):
 
     def _compute(self, inputs: Inputs) -> None:
         loss, correct = self._decoder.loss(*inputs.arguments())
-        gradients = torch.autograd.grad(loss * inputs.scale, self.weights.leaves)
-        self.weights.hand_over(list(gradients), first=inputs.shape.first)
+        self.weights.backward(loss * inputs.scale, first=inputs.shape.first)
         self._loss.copy_(loss.detach())
         self._correct.copy_(correct)
 

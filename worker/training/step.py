@@ -47,7 +47,7 @@ class Stepper:
         self, model: Any, dtype: torch.dtype, *, recompute: bool, most: int, most_tokens: int | None = None
     ) -> None:
         self.weights = Weights(model, dtype)
-        self._decoder = Decoder(self.weights, self._operations(), recompute=recompute)
+        self._decoder = Decoder(self.weights, self._operations(recompute=recompute), recompute=recompute)
         self._most, self._most_tokens = most, most_tokens
         self._device = self.weights.embedding.device
 
@@ -78,13 +78,12 @@ class Stepper:
             loss, correct, learned = loss + found[0], correct + found[1], learned + len(one.targets)
         return Sums(loss, correct, learned)
 
-    def _operations(self) -> Any:
+    def _operations(self, *, recompute: bool) -> Any:
         return CpuOperations()
 
     def _pass(self, one: Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
         loss, correct = self._decoder.loss(*self._inputs(one))
-        gradients = torch.autograd.grad(loss * scale, self.weights.leaves)
-        self.weights.hand_over(list(gradients), first=first)
+        self.weights.backward(loss * scale, first=first)
         return loss.detach(), correct
 
     def _inputs(self, one: Pass) -> tuple[Any, ...]:
