@@ -75,7 +75,6 @@ def spec(work: Work, caches: Path, saved: Path, **training: Any) -> dict[str, An
             "max_steps": work.steps,
             "learning_rate": work.rate,
             "batch_size": work.batch,
-            "micro_batch_size": work.micro,
             "max_seq_length": work.length,
             "packing": "rows" if work.packed else "none",
             **({} if work.checkpoints else {"save_steps": work.steps}),
@@ -84,8 +83,8 @@ def spec(work: Work, caches: Path, saved: Path, **training: Any) -> dict[str, An
     }
 
 
-def _anneal(work: Work, caches: Path, saved: Path) -> Launch:
-    return Launch(trainer_command(), spec(work, caches, saved))
+def _anneal(**training: Any) -> Any:
+    return lambda work, caches, saved: Launch(trainer_command(), spec(work, caches, saved, **training))
 
 
 def _standby(work: Work, caches: Path, saved: Path) -> Launch:
@@ -136,7 +135,9 @@ def _llama_factory_missing() -> str | None:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "anneal": Contender(_anneal),
+    "anneal": Contender(_anneal()),
+    "anneal-adamw": Contender(_anneal(optimizer="adamw")),
+    "anneal-small": Contender(_anneal(gradient_checkpointing=True), gpu=True),
     "anneal-standby": Contender(_standby, missing=_standby_missing),
     "unsloth": Contender(_rival("unsloth_script.py"), packed=False),
     "unsloth-fp32": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=False),
@@ -147,6 +148,9 @@ CONTENDERS: dict[str, Contender] = {
         _rival("llama_factory.py", python=_llama_factory_python), packed=False, missing=_llama_factory_missing
     ),
     "unsloth-packed": Contender(_rival("unsloth_script.py"), packed=True, gpu=True),
+    "unsloth-packed-adamw": Contender(
+        _rival("unsloth_script.py", "--optimizer", "adamw_torch_fused"), packed=True, gpu=True
+    ),
     "unsloth-fp32-packed": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=True, gpu=True),
     "trl-packed": Contender(_rival("trl_script.py"), packed=True, gpu=True),
     "unsloth-unpacked": Contender(_unpacked("unsloth_script.py"), packed=True, gpu=False),
