@@ -51,7 +51,7 @@ def work(voice: recorder.Voice) -> None:
             max_steps=args.steps,
             learning_rate=args.rate,
             logging_steps=1,
-            optim="adamw_8bit",
+            optim=args.optimizer,
             weight_decay=recorder.WEIGHT_DECAY,
             lr_scheduler_type="linear",
             bf16=args.master == "fp32",
@@ -73,6 +73,7 @@ def work(voice: recorder.Voice) -> None:
 
 if __name__ == "__main__":
     parser = recorder.arguments()
+    parser.add_argument("--optimizer", default="adamw_8bit")
     parser.add_argument("--master", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
     sys.exit(recorder.Voice().run(work))

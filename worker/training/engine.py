@@ -411,11 +411,11 @@ def vars_of(row: Example) -> dict[str, Any]:
 
 
 def _as_dataset(rows: list[Example], longest: int) -> Dataset:
-    # A token of each row: the engine looks at the columns, and gets its rows from `StepLoader`.
+    # A token of each row, learned: the engine looks for columns and for something to learn; rows are `StepLoader`'s.
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.ids[:1] for row in rows],
-            "labels": [row.labels[:1] for row in rows],
+            "labels": [row.ids[:1] for row in rows],
             "seq_lengths": [[1] for _ in rows],
         }
     )
