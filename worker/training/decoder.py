@@ -56,8 +56,13 @@ class Layer:
     """[2 f, d]"""
     down: torch.Tensor
 
-    def tensors(self) -> list[torch.Tensor | None]:
+    def parts(self) -> list[Any]:
+        """In the order of the constructor."""
         return [getattr(self, name) for name in self.__slots__]
+
+
+Places = list[tuple[int, tuple[int, int]]]
+"""Of a leaf: its masters and their rows in it."""
 
 
 class Weights:
@@ -66,16 +71,18 @@ class Weights:
     Args:
         model: the engine's; its parameters are the masters.
         dtype: of the products.
+        lean: keep no copies of the layers' weights; each layer makes its own, again on the way back.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, lean: bool = False) -> None:
         self.dtype = dtype
+        self._lean = lean and next(model.parameters()).dtype != dtype
         self.config = model.config
         self._masters: list[torch.nn.Parameter] = []
-        self._views: list[torch.Tensor] = []
-        """Of each master, its place in one of `leaves`."""
-        self._places: list[list[tuple[int, tuple[int, int]]]] = []
-        """Of each leaf, its masters and their rows in it."""
+        self._views: list[tuple[torch.Tensor, torch.nn.Parameter]] = []
+        """Places in `leaves` with the masters they are of."""
+        self._places: list[Places] = []
+        """Of each leaf."""
         self.leaves: list[torch.Tensor] = []
         parameters = dict(model.named_parameters())
         self.embedding = self._leaf(parameters, [_EMBEDDING])
@@ -93,7 +100,7 @@ class Weights:
 
     def refresh(self) -> None:
         """Take over what the optimizer has done to the masters."""
-        pairs = [(v, m) for v, m in zip(self._views, self._masters, strict=True) if v.data_ptr() != m.data_ptr()]
+        pairs = [(view, master) for view, master in self._views if view.data_ptr() != master.data_ptr()]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([view for view, _ in pairs], [master.detach() for _, master in pairs])
@@ -115,11 +122,20 @@ class Weights:
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.grad = gradient
 
-    def _hand_over(self, index: int) -> None:
+    def open(self, layer: Layer) -> Layer:
+        """The layer with its weights at hand, for the time of one computation."""
+        if not self._lean:
+            return layer
+        return Layer(*(_Copy.apply(part, *part.masters) if isinstance(part, Late) else part for part in layer.parts()))
+
+    def _arrived(self, index: int) -> None:
         leaf = self.leaves[index]
         gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        for master, (start, end) in self._places[index]:
+        self.hand_over(self._places[index], gradient)
+
+    def hand_over(self, places: Places, gradient: Any) -> None:
+        """Add a leaf's gradient to its masters'."""
+        for master, (start, end) in places:
             target, part = self._gradients[master], gradient[start:end].view(self._masters[master].shape)
             if self._first:
                 target.copy_(part)
@@ -129,10 +145,10 @@ class Weights:
     def _layer(self, parameters: dict[str, Any], at: str) -> Layer:
         attention, inner = f"{at}self_attn.", f"{at}mlp."
 
-        def leaf(*names: str) -> torch.Tensor:
-            return self._leaf(parameters, list(names))
+        def leaf(*names: str) -> Any:
+            return self._late(parameters, list(names)) if self._lean else self._leaf(parameters, list(names))
 
-        def optional(*names: str) -> torch.Tensor | None:
+        def optional(*names: str) -> Any:
             return leaf(*names) if names[0] in parameters else None
 
         return Layer(
@@ -160,13 +176,51 @@ class Weights:
                 master.data = view
             places.append((len(self._masters), (row, end)))
             self._masters.append(master)
-            self._views.append(view)
+            self._views.append((view, master))
             row = end
         index = len(self.leaves)
-        joined.requires_grad_().register_post_accumulate_grad_hook(lambda _: self._hand_over(index))
+        joined.requires_grad_().register_post_accumulate_grad_hook(lambda _: self._arrived(index))
         self._places.append(places)
         self.leaves.append(joined)
         return joined
+
+    def _late(self, parameters: dict[str, Any], names: list[str]) -> "Late":
+        masters = [parameters[name] for name in names]
+        row = 0
+        places: Places = []
+        for master in masters:
+            places.append((len(self._masters), (row, row + len(master))))
+            self._masters.append(master)
+            row += len(master)
+        return Late(self, masters, places)
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A leaf that is made when it is needed."""
+
+    weights: Weights
+    masters: list[torch.nn.Parameter]
+    places: Places
+
+
+class _Copy(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
+    """Masters → one leaf in the products' format; its gradient goes to the masters at once."""
+
+    @staticmethod
+    def forward(ctx: Any, late: Late, *masters: Any) -> Any:
+        ctx.late = late
+        joined = torch.empty(
+            late.places[-1][1][1], *masters[0].shape[1:], dtype=late.weights.dtype, device=masters[0].device
+        )
+        for (_, (start, end)), master in zip(late.places, masters, strict=True):
+            joined[start:end].copy_(master)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        ctx.late.weights.hand_over(ctx.late.places, gradient)
+        return (None,) * (1 + len(ctx.late.masters))
 
 
 Hidden = tuple[torch.Tensor, torch.Tensor]
@@ -219,7 +273,7 @@ class Decoder:
         layout: Layout,
         layer: Layer,
     ) -> Hidden:
-        do, config = self._do, self.weights.config
+        do, config, layer = self._do, self.weights.config, self.weights.open(layer)
         eps, size = config.rms_norm_eps, self.weights.head_size
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         hidden, normal = do.add_norm(hidden, delta, layer.norm_1, eps)

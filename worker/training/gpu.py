@@ -8,19 +8,21 @@ then on the whole of it is one launch, however slow the host. So that shapes rep
 nothing is learned from.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from worker.training import kernels, step, varlen
 from worker.training.passes import Pass
 
 CHUNK_ROWS = 8192
-SMALL_CHUNK_ROWS = 512
+SMALL_CHUNK_ROWS = 256
 """Positions whose logits are held at once: as many as make the products fast, or few where memory is short."""
+SHORT_RUN = 4096
+"""Tokens up to which the head's products take no time that counts."""
 MOST_GRAPHS = 64
 """Shapes whose graphs are kept. They share their memory."""
 
@@ -47,10 +49,28 @@ class GpuLayout:
     prefix: int
 
 
-def padded(number: int, least: int = 256) -> int:
-    """A size that few different numbers share: an eighth of the power of two below, at least `least`, apart."""
-    stride = max(least, 2 ** int(math.log2(max(number, 1))) // 8)
+def padded(number: int) -> int:
+    """A number of tokens that few different ones share: an eighth of the power of two below, at least 512, apart."""
+    stride = max(512, 2 ** int(math.log2(max(number, 1))) // 8)
     return -(-number // stride) * stride
+
+
+def shape_of(one: Pass, tiles: varlen.Tiles, *, first: bool) -> Shape:
+    """Everything but the tokens and what they begin with follows from their number, as long as it is enough."""
+    tokens = padded(len(one.ids))
+    query_tiles = 2 * tokens // varlen.TILE  # conversations of half a tile on average
+    while query_tiles < len(tiles.queries):
+        query_tiles *= 2
+    # In short runs the head is cheap and a graph more is not; in long ones an eighth of it counts.
+    learned = tokens if tokens <= SHORT_RUN else -(-len(one.targets) // (tokens // 8)) * (tokens // 8)
+    return Shape(
+        tokens=tokens,
+        prefix=one.prefix,
+        query_tiles=query_tiles,
+        key_tiles=query_tiles + varlen.prefix_tiles(one.prefix, tokens),
+        learned=max(learned, len(one.targets)),
+        first=first,
+    )
 
 
 class Inputs:
@@ -58,23 +78,24 @@ class Inputs:
 
     def __init__(self, shape: Shape, device: Any) -> None:
         self.shape = shape
-        sizes = [shape.tokens] * 2 + [shape.learned] * 2 + [shape.query_tiles * 4, shape.key_tiles * 5]
-        self._numbers = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        self.ids, self.positions, self.learned, self.targets, queries, keys = self._numbers.split(sizes)
+        self._sizes = [shape.tokens] * 2 + [shape.learned] * 2 + [shape.query_tiles * 4, shape.key_tiles * 5]
+        self._numbers = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
+        self.ids, self.positions, self.learned, self.targets, queries, keys = self._numbers.split(self._sizes)
         self.layout = GpuLayout(queries.view(-1, 4), keys.view(-1, 5), shape.prefix)
         self.scale = torch.zeros((), device=device)
 
     def fill(self, one: Pass, tiles: varlen.Tiles, scale: float) -> None:
         shape = self.shape
-        missing = shape.tokens - len(one.ids)
-        unlearned = shape.learned - len(one.learned)
-        numbers = [
-            *one.ids, *[0] * missing, *one.positions, *[0] * missing,
-            *one.learned, *[0] * unlearned, *one.targets, *[step.NO_TARGET] * unlearned,
-            *itertools.chain.from_iterable(tiles.queries), *[0] * (4 * (shape.query_tiles - len(tiles.queries))),
-            *itertools.chain.from_iterable(tiles.keys), *[0] * (5 * (shape.key_tiles - len(tiles.keys))),
-        ]  # fmt: skip
-        self._numbers.copy_(torch.tensor(numbers, dtype=torch.int32, pin_memory=True), non_blocking=True)
+        numbers = np.zeros(len(self._numbers), dtype=np.int32)
+        at = 0
+        for part, size in zip(
+            (one.ids, one.positions, one.learned, one.targets, tiles.queries, tiles.keys), self._sizes, strict=True
+        ):
+            numbers[at : at + part.size] = part.ravel()
+            at += size
+        first_target = 2 * shape.tokens + shape.learned
+        numbers[first_target + len(one.targets) : first_target + shape.learned] = step.NO_TARGET
+        self._numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         self.scale.fill_(scale)
 
     def arguments(self) -> tuple[Any, ...]:
@@ -182,13 +203,15 @@ class GraphStepper(step.Stepper):
         return GpuOperations(SMALL_CHUNK_ROWS if recompute else CHUNK_ROWS)
 
     def _inputs(self, one: Pass) -> tuple[Any, ...]:
-        shape, tiles = _plan(one, first=True)
+        tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))
+        shape = shape_of(one, tiles, first=True)
         inputs = Inputs(shape, self._device)
         inputs.fill(one, tiles, 1.0)
         return inputs.arguments()
 
     def _pass(self, one: Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
-        shape, tiles = _plan(one, first=first)
+        tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))
+        shape = shape_of(one, tiles, first=first)
         graph = self._graphs.get(shape)
         again = shape in self._inputs_of
         if not again and len(self._inputs_of) < MOST_GRAPHS:
@@ -216,17 +239,3 @@ class GraphStepper(step.Stepper):
         self.weights.backward(loss * inputs.scale, first=inputs.shape.first)
         self._loss.copy_(loss.detach())
         self._correct.copy_(correct)
-
-
-def _plan(one: Pass, *, first: bool) -> tuple[Shape, varlen.Tiles]:
-    tokens = padded(len(one.ids))
-    tiles = varlen.tiles(one.prefix, one.lengths, tokens)
-    shape = Shape(
-        tokens=tokens,
-        prefix=one.prefix,
-        query_tiles=padded(len(tiles.queries), 64),
-        key_tiles=padded(len(tiles.keys), 64),
-        learned=padded(len(one.targets)),
-        first=first,
-    )
-    return shape, tiles

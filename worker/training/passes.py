@@ -1,4 +1,4 @@
-"""How the conversations of one optimizer step become forward passes. Lists of integers, no torch.
+"""How the conversations of one optimizer step become forward passes. Arrays of integers, no torch.
 
     a step's conversations ─ shortest first ─ cut into passes ─ each pass one flat run of tokens, without padding:
 
@@ -11,27 +11,33 @@ computed once per pass; what it would have computed for each conversation is the
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from worker.training.data import IGNORED, Example
 
 SHORTEST_PREFIX = 8
 """Tokens below which a shared beginning is not worth its bookkeeping."""
 
 
+Numbers = npt.NDArray[np.int32]
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One forward and backward pass over t tokens."""
 
-    ids: list[int]
+    ids: Numbers
     """Token ids, t of them."""
-    positions: list[int]
+    positions: Numbers
     """Of each token in its conversation."""
     prefix: int
     """How many of them, the first ones, begin every conversation of this pass."""
     lengths: list[int]
     """Of what follows the prefix in each conversation; prefix + sum(lengths) = t."""
-    learned: list[int]
+    learned: Numbers
     """Indices of the tokens whose successor is trained on; one of the prefix may come up for each conversation."""
-    targets: list[int]
+    targets: Numbers
     """Those successors."""
     tokens: int
     """Of the conversations, as they were given: a shared beginning counts for each of them."""
@@ -85,20 +91,30 @@ def share(rows: Sequence[Example], rank: int, world: int) -> list[Example]:
 def join(members: Sequence[Example]) -> Pass:
     """The conversations as one pass."""
     prefix = shared_prefix(members)
-    ids, positions = members[0].ids[:prefix], list(range(prefix))
-    learned: list[int] = []
-    targets: list[int] = []
+    ids, positions = [_numbers(members[0].ids[:prefix])], [np.arange(prefix, dtype=np.int32)]
+    learned, targets = [], []
+    start = prefix
     for member in members:
-        # Token i of this conversation, i >= prefix, is at index i + offset; its predecessor may be the prefix's last.
-        offset = len(ids) - prefix
-        for at in range(1, len(member.ids)):
-            if member.labels[at] != IGNORED:
-                learned.append(at - 1 if at - 1 < prefix else at - 1 + offset)
-                targets.append(member.labels[at])
-        ids += member.ids[prefix:]
-        positions += range(prefix, len(member.ids))
-    lengths = [len(member.ids) - prefix for member in members]
-    return Pass(ids, positions, prefix, lengths, learned, targets, sum(len(member.ids) for member in members))
+        labels = _numbers(member.labels)
+        at = np.flatnonzero(labels[1:] != IGNORED).astype(np.int32)  # of the predecessors, in the conversation
+        targets.append(labels[1:][at])
+        learned.append(np.where(at < prefix, at, at + (start - prefix)).astype(np.int32))
+        ids.append(_numbers(member.ids[prefix:]))
+        positions.append(np.arange(prefix, len(member.ids), dtype=np.int32))
+        start += len(member.ids) - prefix
+    return Pass(
+        ids=np.concatenate(ids),
+        positions=np.concatenate(positions),
+        prefix=prefix,
+        lengths=[len(member.ids) - prefix for member in members],
+        learned=np.concatenate(learned),
+        targets=np.concatenate(targets),
+        tokens=sum(len(member.ids) for member in members),
+    )
+
+
+def _numbers(values: Sequence[int]) -> Numbers:
+    return np.array(values, dtype=np.int32)
 
 
 def shared_prefix(members: Sequence[Example]) -> int:
@@ -116,4 +132,9 @@ def shared_prefix(members: Sequence[Example]) -> int:
 
 def count_learned(rows: Sequence[Example]) -> int:
     """Tokens the loss is taken over: a conversation's first has nothing before it."""
-    return sum(label != IGNORED for one in conversations(rows) for label in one.labels[1:])
+    count = 0
+    for row in rows:
+        learned = _numbers(row.labels) != IGNORED
+        learned[np.cumsum((0, *row.lengths[:-1]))] = False
+        count += int(np.count_nonzero(learned))
+    return count

@@ -46,7 +46,7 @@ class Stepper:
     def __init__(
         self, model: Any, dtype: torch.dtype, *, recompute: bool, most: int, most_tokens: int | None = None
     ) -> None:
-        self.weights = Weights(model, dtype)
+        self.weights = Weights(model, dtype, lean=recompute)
         self._decoder = Decoder(self.weights, self._operations(recompute=recompute), recompute=recompute)
         self._most, self._most_tokens = most, most_tokens
         self._device = self.weights.embedding.device
@@ -89,7 +89,7 @@ class Stepper:
     def _inputs(self, one: Pass) -> tuple[Any, ...]:
         """Arguments of `Decoder.loss`."""
         numbers = (one.ids, one.positions, one.learned, one.targets)
-        ids, positions, learned, targets = (torch.tensor(part, device=self._device) for part in numbers)
+        ids, positions, learned, targets = (torch.from_numpy(part).long() for part in numbers)
         return ids, positions, attention.layout(one.prefix, one.lengths), learned, targets
 
     def _zero(self, dtype: torch.dtype = torch.float32) -> Any:

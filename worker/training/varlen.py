@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -31,20 +33,19 @@ class Tiles:
     keys: first, end, first query that may see them, end of those, slot of a partial sum or -1
     """
 
-    queries: list[tuple[int, int, int, int]]
-    keys: list[tuple[int, int, int, int, int]]
+    queries: npt.NDArray[np.int32]
+    keys: npt.NDArray[np.int32]
 
 
 def tiles(prefix: int, lengths: Sequence[int], total: int) -> Tiles:
     """Of a run of `total` tokens, of which those after the prefix and the lengths are padding."""
     queries, keys = [], []
-    splits = prefix_splits(total)
+    splits, used = prefix_splits(total), prefix + sum(lengths)
     for number, first in enumerate(range(0, prefix, TILE)):
         end = min(first + TILE, prefix)
         queries.append((first, end, 0, 0))
         for split in range(splits):
-            start = max(split * PREFIX_SPLIT, first)
-            until = min((split + 1) * PREFIX_SPLIT, prefix + sum(lengths))
+            start, until = max(split * PREFIX_SPLIT, first), min((split + 1) * PREFIX_SPLIT, used)
             keys.append((first, end, start, max(start, until), number * splits + split))
     own = prefix
     for length in lengths:
@@ -57,12 +58,17 @@ def tiles(prefix: int, lengths: Sequence[int], total: int) -> Tiles:
         end = min(first + TILE, total)
         queries.append((first, end, first, 0))
         keys.append((first, end, first, end, -1))
-    return Tiles(queries, keys)
+    return Tiles(np.array(queries, dtype=np.int32), np.array(keys, dtype=np.int32))
 
 
 def prefix_splits(total: int) -> int:
     """Programs that share the queries for one tile of the prefix's keys."""
     return -(-total // PREFIX_SPLIT)
+
+
+def prefix_tiles(prefix: int, total: int) -> int:
+    """Tiles of keys that the prefix takes."""
+    return -(-prefix // TILE) * prefix_splits(total)
 
 
 @triton.jit
