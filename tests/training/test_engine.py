@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from shared.training_spec import Resolved
 from tests.training.conftest import MakeSpec, Outcome
 from tests.training.tiny_llama import write_jsonl
-from worker.training import data, head, resolve, templates
+from worker.training import data, decoder, head, passes, resolve, templates
 from worker.training.resolve import Hardware
+from worker.training.step import Abandoned, Stepper
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
 
@@ -92,6 +93,89 @@ def test_our_passes_compute_what_the_engine_computes(
     theirs = gradients(trainer, rows[:8], 2)
     for name, gradient in theirs.items():
         assert torch.allclose(ours[name], gradient, atol=1e-6), name
+
+
+def test_copies_that_are_made_when_needed_change_no_gradient(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    model, found = trainer.bare_model(), []
+    for recompute in (False, True):  # in 16 bits, where copies are made at all
+        stepper = Stepper(model, torch.bfloat16, recompute=recompute, most=3)
+        stepper.step(rows[:8], passes.count_learned(rows[:8]), lambda: False)
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert stepper.weights.open(stepper.weights.layers[0]).qkv.dtype == torch.bfloat16
+    assert not isinstance(stepper.weights.layers[0].qkv, torch.Tensor)
+    assert all(torch.equal(found[0][name], gradient) for name, gradient in found[1].items())
+
+
+def test_the_masters_take_part_in_every_step(make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    model, stepper = trainer.bare_model(), Stepper(trainer.bare_model(), torch.bfloat16, recompute=False, most=8)
+    before = stepper.step(rows[:4], 1, lambda: False).loss
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert stepper.step(rows[:4], 1, lambda: False).loss != before
+
+
+def test_a_cancel_is_obeyed_between_two_passes(make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    asked: list[bool] = []
+    stepper = Stepper(trainer.bare_model(), torch.float32, recompute=False, most=2)
+    with pytest.raises(Abandoned):
+        stepper.step(rows[:8], 1, lambda: asked.append(True) or len(asked) == 2)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_plain_decoders_are_computed_as_transformers_computes_them(kind: str, rows: list[data.Example]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        vocab_size=600,
+        tie_word_embeddings=kind == "llama",
+        pad_token_id=2,
+    )
+    config.sliding_window = None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert decoder.is_plain(model)
+    loss = sum(
+        torch.nn.functional.cross_entropy(
+            model(input_ids=torch.tensor([row.ids])).logits[0, :-1], torch.tensor(row.labels[1:]), reduction="sum"
+        )
+        for row in rows[:6]
+    )
+    wanted = torch.autograd.grad(loss, list(model.parameters()))
+    sums = Stepper(model, torch.float32, recompute=False, most=4).step(rows[:6], 1, lambda: False)
+    assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-4), name
+
+
+def test_a_decoder_that_asks_for_more_is_not_plain() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1, "vocab_size": 64}
+    for kind, more in (
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"attention_dropout": 0.1}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+        ("mistral", {"sliding_window": 16}),
+        ("gemma", {"head_dim": 16}),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **more), dtype=torch.float32)
+        assert not decoder.is_plain(model), (kind, more)
 
 
 def test_the_size_of_a_micro_batch_changes_no_gradient(
