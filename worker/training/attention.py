@@ -3,43 +3,51 @@
 The shared beginning attends to itself, each rest to the beginning and to itself, all causally; nothing else exists.
 Rotary embedding is part of it, so that the gradient of q, k and v comes back as one tensor.
 
-On CPU short conversations are attended to in padded groups with plain products, where PyTorch's kernel takes four
-times as long; long ones one by one through that kernel, which never holds their scores. Source: docs/experiments.md.
+Short conversations of like length are attended to together, padded; of long ones, as many queries at a time as make
+products of a good size, with the keys up to the last of them. PyTorch's own kernel takes twice as long at these sizes
+(docs/experiments.md).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-LONGEST_IN_GROUPS = 256
-"""Tokens of a conversation up to which plain products win."""
+MOST_QUERIES = 256
+"""Tokens of one conversation in one group."""
 MOST_PADDING = 1.3
 """Within a group, the longest conversation over the shortest."""
-MOST_GROUP_SCORES = 2**20
-"""Scores a head holds for one group: bounds what is kept for the backward pass."""
+MOST_SCORES = 2**20
+"""Scores a head holds for one group of several conversations."""
+MOST_KEPT = 2**20
+"""Probabilities of one group that are kept for the backward pass; of more, only what they are made from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Conversations that are attended to together: n of them, padded to l tokens, p tokens of prefix before each.
+    """Queries that are computed together: of n conversations, l each, and the k keys that each of those may see.
 
     Padding points at the run's first token; it comes after everything, so that no real token sees it.
     """
 
     rows_nl: torch.Tensor
-    """Where their tokens are."""
+    """Where the queries are in the run."""
     keys_nk: torch.Tensor
-    """Where what they attend to is: the prefix, then themselves; k = p + l."""
-    own: torch.Tensor
-    """Indices into the flattened [n, l] that are no padding."""
-    places: torch.Tensor
-    """Where those are in the run."""
+    """Where the keys are: the shared beginning, then the conversation's own, the queries last."""
     prefix: int
-    bias_lk: torch.Tensor | None
-    """0 where a token may look, else minus infinity; None for conversations of one, which go through the kernel."""
+    """How many of the keys are the shared beginning's."""
+    own: torch.Tensor | None
+    """Indices into the flattened [n, l] that are no padding; None: all."""
+    bias_lk: torch.Tensor
+    """0 where a query may look, else minus infinity."""
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where in the run the queries that are no padding are."""
+        rows = self.rows_nl.flatten()
+        return rows if self.own is None else rows[self.own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +59,30 @@ class Layout:
 
 def layout(prefix: int, lengths: Sequence[int]) -> Layout:
     """The layout of a pass; `lengths` ascend, so that neighbours are alike."""
-    groups = [_group(0, [(0, prefix)])] if prefix else []
+    groups = list(_long(0, 0, prefix)) if prefix else []
     members: list[tuple[int, int]] = []
     start = prefix
     for length in lengths:
         if members and not _fits(members, length, prefix):
-            groups.append(_group(prefix, members))
+            groups.append(_short(prefix, members))
             members = []
-        members.append((start, length))
+        if length > MOST_QUERIES:
+            groups += _long(prefix, start, length)
+        else:
+            members.append((start, length))
         start += length
-    groups.append(_group(prefix, members))
+    if members:
+        groups.append(_short(prefix, members))
     return Layout(tuple(groups))
 
 
 def _fits(members: Sequence[tuple[int, int]], length: int, prefix: int) -> bool:
-    if length > LONGEST_IN_GROUPS or length > members[0][1] * MOST_PADDING:
+    if length > MOST_QUERIES or length > members[0][1] * MOST_PADDING:
         return False
-    return (len(members) + 1) * length * (prefix + length) <= MOST_GROUP_SCORES
+    return (len(members) + 1) * length * (prefix + length) <= MOST_SCORES
 
 
-def _group(prefix: int, members: Sequence[tuple[int, int]]) -> Group:
+def _short(prefix: int, members: Sequence[tuple[int, int]]) -> Group:
     longest = max(length for _, length in members)
     starts = torch.tensor([start for start, _ in members])[:, None]
     lengths = torch.tensor([length for _, length in members])[:, None]
@@ -78,11 +90,21 @@ def _group(prefix: int, members: Sequence[tuple[int, int]]) -> Group:
     real = offsets < lengths
     rows = torch.where(real, starts + offsets, 0)
     keys = torch.cat([torch.arange(prefix).expand(len(members), prefix), rows], dim=1)
-    own = real.flatten().nonzero().flatten()
-    bias = None
-    if len(members) > 1 or longest <= LONGEST_IN_GROUPS:
-        bias = torch.full((longest, prefix + longest), -math.inf).triu(prefix + 1)
-    return Group(rows, keys, own, rows.flatten()[own], prefix, bias)
+    own = None if bool(real.all()) else real.flatten().nonzero().flatten()
+    return Group(rows, keys, prefix, own, _bias(longest, prefix))
+
+
+def _long(prefix: int, start: int, length: int) -> Iterator[Group]:
+    for first in range(0, length, MOST_QUERIES):
+        end = min(first + MOST_QUERIES, length)
+        rows = torch.arange(start + first, start + end)[None]
+        keys = torch.cat([torch.arange(prefix), torch.arange(start, start + end)])[None]
+        yield Group(rows, keys, prefix, None, _bias(end - first, prefix + first))
+
+
+def _bias(queries: int, before: int) -> torch.Tensor:
+    """Of queries that follow `before` keys which all of them may see."""
+    return torch.full((queries, before + queries), -math.inf).triu(before + 1)
 
 
 class CpuAttention(torch.autograd.Function):  # type: ignore[misc]  # torch is not analysed
@@ -96,14 +118,10 @@ class CpuAttention(torch.autograd.Function):  # type: ignore[misc]  # torch is n
         kept = []
         for group in layout.groups:
             q, k, v = _gather(turned, group, heads, kv_heads)
-            if group.bias_lk is None:
-                attended, *rest = _kernel(q, k, v, group.prefix)
-            else:
-                attended, *rest = _products(q, k, v, group.bias_lk)
-            kept.append(rest)
-            result[group.places] = _to_rows(attended, group, heads)
-        ctx.save_for_backward(turned, cos, sin, *(tensor for rest in kept for tensor in rest))
-        ctx.kept = [len(rest) for rest in kept]
+            p = _probabilities(q, k, group.bias_lk)
+            result[group.places] = _to_rows(torch.bmm(p, v), group, heads)
+            kept.append(p if p.numel() <= MOST_KEPT else None)
+        ctx.save_for_backward(turned, cos, sin, *kept)
         ctx.layout, ctx.heads, ctx.kv_heads = layout, heads, kv_heads
         return result
 
@@ -113,23 +131,19 @@ class CpuAttention(torch.autograd.Function):  # type: ignore[misc]  # torch is n
         heads, kv_heads = ctx.heads, ctx.kv_heads
         d_turned = torch.zeros_like(turned)
         d_q, d_k, d_v = d_turned.split((heads, kv_heads, kv_heads), dim=1)
-        for group, count in zip(ctx.layout.groups, ctx.kept, strict=True):
-            rest, kept = kept[:count], kept[count:]
+        for group, p in zip(ctx.layout.groups, kept, strict=True):
             q, k, v = _gather(turned, group, heads, kv_heads)
-            d_attended = _as_groups(d_result[group.rows_nl], kv_heads)
-            if len(group.own) < group.rows_nl.numel():
-                d_attended = d_attended * _is_real(group, heads // kv_heads, kv_heads, d_attended.dtype)
-            if group.bias_lk is None:
-                dq, dk, dv = _kernel_backward(d_attended, q, k, v, group.prefix, *rest)
-            else:
-                dq, dk, dv = _products_backward(d_attended, q, k, v, *rest)
-            d_q[group.places] = _to_rows(dq, group, heads)
-            for target, gradient in ((d_k, dk), (d_v, dv)):
-                n = len(group.rows_nl)
-                per = gradient.view(n, kv_heads, -1, gradient.shape[-1]).transpose(1, 2)
-                if group.prefix:
-                    target[: group.prefix] += per[:, : group.prefix].sum(0)
-                target[group.places] += per[:, group.prefix :].flatten(0, 1)[group.own]
+            if p is None:
+                p = _probabilities(q, k, group.bias_lk)
+            d_out = _as_groups(d_result[group.rows_nl], kv_heads)
+            if group.own is not None:
+                d_out *= _is_real(group, kv_heads, heads // kv_heads, d_out.dtype)
+            d_p = torch.bmm(d_out, v.transpose(1, 2))
+            d_s = torch._softmax_backward_data(d_p.float(), p.float(), -1, torch.float32)
+            d_s = d_s.mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            d_q[group.places] = _to_rows(torch.bmm(d_s, k), group, heads)
+            _add_to_keys(d_k, torch.bmm(d_s.transpose(1, 2), q), group)
+            _add_to_keys(d_v, torch.bmm(p.transpose(1, 2), d_out), group)
         _turn(d_turned[:, : heads + kv_heads], cos, -sin)
         return d_turned, None, None, None, None, None
 
@@ -160,11 +174,11 @@ def _as_groups(x: Any, kv_heads: int) -> Any:
 def _to_rows(x: Any, group: Group, heads: int) -> Any:
     """[n x kv_heads, heads per kv_head x l, size] → [tokens of the group, heads, size]."""
     n, length = group.rows_nl.shape
-    x = x.reshape(n, heads, length, x.shape[-1]).transpose(1, 2)
-    return x.flatten(0, 1)[group.own]
+    rows = x.reshape(n, heads, length, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+    return rows if group.own is None else rows[group.own]
 
 
-def _is_real(group: Group, per_kv_head: int, kv_heads: int, dtype: torch.dtype) -> Any:
+def _is_real(group: Group, kv_heads: int, per_kv_head: int, dtype: torch.dtype) -> Any:
     """1 for tokens, 0 for padding, shaped to multiply [n x kv_heads, per_kv_head x l, size]."""
     n, length = group.rows_nl.shape
     real = torch.zeros(n * length, dtype=dtype)
@@ -172,48 +186,21 @@ def _is_real(group: Group, per_kv_head: int, kv_heads: int, dtype: torch.dtype) 
     return real.view(n, 1, length).repeat(1, kv_heads, per_kv_head).view(n * kv_heads, -1, 1)
 
 
-def _products(q: Any, k: Any, v: Any, bias_lk: Any) -> tuple[Any, Any]:
-    """(what is attended to, the probabilities). Scores in 32 bits: a difference of theirs is a factor."""
+def _add_to_keys(target: Any, gradient: Any, group: Group) -> None:
+    """Add [n x kv_heads, k, size] to the rows [t, kv_heads, size] that the group's keys are."""
+    n = len(group.rows_nl)
+    per = gradient.view(n, -1, *gradient.shape[1:]).transpose(1, 2)
+    if n == 1:
+        target[group.keys_nk[0]] += per[0]
+        return
+    if group.prefix:
+        target[: group.prefix] += per[:, : group.prefix].sum(0)
+    own = per[:, group.prefix :].flatten(0, 1)
+    target[group.places] += own if group.own is None else own[group.own]
+
+
+def _probabilities(q: Any, k: Any, bias_lk: Any) -> Any:
+    """Scores are in 32 bits: a difference of theirs is a factor."""
     bias = bias_lk.repeat(q.shape[1] // len(bias_lk), 1)
     scores = torch.baddbmm(bias, q.float(), k.float().transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    p = torch.softmax(scores, -1).to(q.dtype)
-    return torch.bmm(p, v), p
-
-
-def _products_backward(d_out: Any, q: Any, k: Any, v: Any, p: Any) -> tuple[Any, Any, Any]:
-    d_v = torch.bmm(p.transpose(1, 2), d_out)
-    d_p = torch.bmm(d_out, v.transpose(1, 2))
-    d_s = torch._softmax_backward_data(d_p.float(), p.float(), -1, torch.float32)
-    d_s = d_s.mul_(q.shape[-1] ** -0.5).to(q.dtype)
-    return torch.bmm(d_s, k), torch.bmm(d_s.transpose(1, 2), q), d_v
-
-
-def _kernel(q: Any, k: Any, v: Any, prefix: int) -> tuple[Any, Any, Any]:
-    """The same through PyTorch's kernel: (what is attended to, the same per head, the scores' logsumexp)."""
-    heads, keys, values, mask = _for_kernel(q, k, v, prefix)
-    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        heads, keys, values, 0.0, mask is None, attn_mask=mask
-    )
-    return out[0].reshape(q.shape), out, logsumexp
-
-
-def _kernel_backward(d_out: Any, q: Any, k: Any, v: Any, prefix: int, out: Any, logsumexp: Any) -> tuple[Any, Any, Any]:
-    heads, keys, values, mask = _for_kernel(q, k, v, prefix)
-    d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out.reshape(heads.shape), heads, keys, values, out, logsumexp, 0.0, mask is None, attn_mask=mask
-    )
-    per_kv_head = heads.shape[1] // len(k)
-    shape = (len(k), per_kv_head, *k.shape[1:])
-    return d_q[0].reshape(q.shape), d_k[0].view(shape).sum(1), d_v[0].view(shape).sum(1)
-
-
-def _for_kernel(q: Any, k: Any, v: Any, prefix: int) -> tuple[Any, Any, Any, Any]:
-    """Of one conversation, [1, heads, tokens, size] of each, and the mask if there is a prefix."""
-    length = k.shape[1] - prefix
-    per_kv_head = q.shape[1] // length
-    heads = q.reshape(1, len(q) * per_kv_head, length, q.shape[-1])
-    keys, values = (x.repeat_interleave(per_kv_head, 0)[None] for x in (k, v))
-    mask = None
-    if prefix:
-        mask = torch.full((length, prefix + length), -math.inf, dtype=q.dtype).triu(prefix + 1)
-    return heads, keys, values, mask
+    return torch.softmax(scores, -1).to(q.dtype)
