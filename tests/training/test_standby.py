@@ -1,28 +1,37 @@
-"""A trainer started ahead: whom it takes its job from, what becomes of it when it can't, and with whom it dies.
-
-What it trains is `tests/training/test_standby.py`'s business; no imports are waited for here.
-"""
+"""A trainer started ahead: whom it takes a job from, that it trains the same, what becomes of it when it can't."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared import job_creation
+from shared.checkpoint_files import sha256_of
+from shared.db import transaction
+from shared.schemas import JobCreate
 from shared.settings import Settings
+from shared.trainer_protocol import parse
 from shared.training_spec import TrainerSpec
-from tests.worker.steps import wait_for
+from tests.conftest import jsonl
+from tests.rows import stored_file
+from tests.training.conftest import MakeSpec
+from tests.training.tiny_llama import alpaca_rows, make_tiny_llama
+from tests.worker.steps import claim, job_of, wait_for
 from tests.worker.test_bonds import is_locked, lives, spec_of
-from worker import base_models, run_folder, standby
+from worker import base_models, run_folder, standby, supervisor
 from worker.host_lock import HostLock
 from worker.standby import Standby, StandbyTrainer, clear_folders
 from worker.trainer_process import TrainerProcess
+from worker.training.standby import LOADED_AHEAD, READY, Warm
 
 
 @pytest.fixture
@@ -195,3 +204,164 @@ def test_beside_a_running_job_it_is_started_only_where_the_job_does_not_need_the
     for _ in range(3):
         kept.stepping(device)
     assert len(begun) == started, "once a job, even if it dies"
+
+
+@pytest.fixture(scope="module")
+def base_settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Settings:
+    """Of a worker whose usual base is the tiny one."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "models" / "acme").mkdir(parents=True)
+    (data / "models" / "acme" / "tiny").symlink_to(tiny_base)
+    return Settings(data=data, models_dir=data / "models", base_models=("acme/tiny",), lease_s=60)
+
+
+@dataclass
+class Ended:
+    """A trainer of `worker.trainer_process` that has ended."""
+
+    messages: list[Any]
+    log: str
+    model_sha256: str | None
+    noted_pid: bool
+    """Whether the lock named it, and was held, when it had begun."""
+
+
+def run_to_end(trainer: TrainerProcess, folder: Path) -> Ended:
+    messages: list[Any] = []
+    noted = False
+    try:
+        while trainer.exit_status() is None:
+            messages += [parse(line) for line in trainer.read_lines(0.2)]
+            if any(message.type == "started" for message in messages) and not noted:
+                noted = is_locked(folder / "lock") and (folder / "lock").read_text().split()[0] == str(trainer.pid)
+        messages += [parse(line) for line in trainer.drain()]
+    finally:
+        trainer.close()
+    weights = folder / "checkpoints" / "3" / "model.safetensors"
+    sha256 = sha256_of(weights) if weights.exists() else None
+    log = (folder / "trainer.log").read_text()
+    return Ended([message for message in messages if message.type != "alive"], log, sha256, noted)
+
+
+LIMIT_BYTES = 60 * 2**20
+CHOICES = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3, "max_seq_length": 512}
+
+
+def job_for(make_spec: MakeSpec, settings: Settings, folder: Path, **fields: Any) -> TrainerSpec:
+    (folder / "work").mkdir()
+    cache_dir = str(run_folder.caches(settings))
+    return make_spec(folder, training=CHOICES, leash_s=settings.lease_s / 2, cache_dir=cache_dir, **fields)
+
+
+def run_ahead(settings: Settings, spec: TrainerSpec, folder: Path, *, ready: bool = True) -> Ended:
+    kept = Standby(settings)
+    kept.start()
+    if ready:
+        wait_for(lambda: any(run_folder.standbys(settings).glob(f"*/{READY}")), 120)
+    lock = HostLock.acquire(folder / "lock")
+    trainer = kept.take(spec, folder / "trainer.log", lock, threading.Event())
+    assert trainer is not None
+    return run_to_end(trainer, folder)
+
+
+@pytest.mark.slow
+def test_a_standby_trains_bit_for_bit_what_a_fresh_trainer_does(
+    make_spec: MakeSpec, base_settings: Settings, tmp_path: Path
+) -> None:
+    """The fresh one also fills the cache of tokens that the standby reads. Another length than was loaded for."""
+    folders = [tmp_path / name for name in ("fresh", "ahead")]
+    for folder in folders:
+        folder.mkdir()
+    spec = job_for(make_spec, base_settings, folders[0])
+    lock = HostLock.acquire(folders[0] / "lock")
+    fresh = run_to_end(TrainerProcess(spec, folders[0] / "trainer.log", lock, threading.Event()), folders[0])
+    assert len(list((run_folder.caches(base_settings) / "tokens").iterdir())) == 1
+    ahead = run_ahead(base_settings, job_for(make_spec, base_settings, folders[1]), folders[1])
+    assert LOADED_AHEAD in ahead.log
+    assert LOADED_AHEAD not in fresh.log
+    assert ahead.noted_pid
+    assert [message.type for message in ahead.messages] == [message.type for message in fresh.messages]
+    for one, other in zip(ahead.messages, fresh.messages, strict=True):
+        for name in ("resolved", "train_tokens", "loss", "grad_norm", "learning_rate", "tokens", "message"):
+            assert getattr(one, name, None) == getattr(other, name, None), name
+    assert ahead.model_sha256 is not None
+    assert ahead.model_sha256 == fresh.model_sha256
+
+
+@pytest.mark.slow
+def test_a_standby_that_is_still_importing_takes_a_job_whose_memory_is_limited(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """The limit counts the model: nothing may have been loaded before it was set."""
+    models = tmp_path / "models"
+    base = make_tiny_llama(models / "acme" / "wide", hidden_size=1024, intermediate_size=4096)
+    assert (base / "model.safetensors").stat().st_size > 2 * LIMIT_BYTES
+    settings = Settings(
+        data=tmp_path / "data",
+        models_dir=models,
+        base_models=("acme/wide",),
+        lease_s=60,
+        trainer_memory_bytes=LIMIT_BYTES,
+    )
+    spec = job_for(
+        make_spec, settings, tmp_path, base_model_dir=str(base), memory_limit_bytes=settings.trainer_memory_bytes
+    )
+    ended = run_ahead(settings, spec, tmp_path, ready=False)
+    assert LOADED_AHEAD not in ended.log
+    assert [message.type for message in ended.messages] == ["error"]
+    assert ended.messages[-1].code == "out_of_memory", ended.messages
+
+
+@pytest.mark.slow
+def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(tmp_path: Path, tiny_base: Path) -> None:
+    from worker.training import engine, model  # noqa: F401 - unsloth first
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    usual = {"max_seq_length": 256, "master_weights": "fp32", "gradient_checkpointing": False}
+
+    def is_used(folder: Path, choices: dict[str, Any], change: Callable[[], object] = lambda: None) -> bool:
+        warm = Warm()
+        warm.load_ahead(base)
+        ahead = warm._model
+        assert ahead is not None
+        change()
+        found = warm.load_model(folder, model.hardware(), **choices)
+        assert found.max_seq_length == choices["max_seq_length"]
+        assert warm._model is None, "never twice"
+        return found is ahead
+
+    assert is_used(base, usual)
+    assert not is_used(base, {**usual, "master_weights": "bf16"})
+    assert not is_used(base, {**usual, "gradient_checkpointing": "unsloth"})
+    assert not is_used(tiny_base, usual)
+    assert not is_used(base, usual, (base / "model.safetensors").touch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_jobs_are_run_by_standbys_and_without_one(
+    settings: Settings, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    found = base_models.BaseModelFiles(path=tiny_base, source="folder", revision=None, note=None)
+    monkeypatch.setattr(base_models, "resolve", lambda *_: found)
+    kept = Standby(settings)
+    started: list[int] = []
+    for harm in (False, True):
+        kept.start()
+        started.append(process_of(kept).pid)
+        if harm:
+            os.kill(started[-1], signal.SIGKILL)
+        file_id = stored_file(settings, jsonl(alpaca_rows(8)), filename="rows.jsonl")
+        with transaction() as session:
+            body = {"model": settings.base_models[0], "training_file": file_id, "training": {"max_steps": 1}}
+            job_id = job_creation.submit(session, "default", JobCreate.model_validate(body)).id
+        supervisor.supervise(claim(settings), settings, standby=kept)
+        job = job_of(job_id)
+        assert job.status == "succeeded", job.error
+        assert (job.attempts, job.fence) == (0, 1)
+        assert not lives(started[-1])
+        noted = (settings.run_dir / "jobs" / job_id / "lock").read_text().split()[0]
+        assert (noted == str(started[-1])) is not harm
+    assert list(run_folder.standbys(settings).iterdir()) == []
