@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     """A trainer that says nothing for this long was stopped or hangs: it is killed, and its job goes on elsewhere."""
     trainer_memory_bytes: int | None = Field(default=None, gt=0)
     """Memory a trainer may take: of the GPU, or of the host beyond what its libraries need. Unset: all there is."""
+    standby_trainer: bool = True
+    """Whether a worker keeps a trainer that has its imports behind it, for the next job to start in."""
     max_attempts: int = Field(default=3, ge=1)
     """Trainer deaths without a new checkpoint before the job fails."""
     max_faults: int = Field(default=20, ge=1)

@@ -132,7 +132,9 @@ class TrainerSpec(BaseModel):
     checkpoint_dir: str
     """Checkpoints appear here as `<step>/`, each whole or not at all."""
     work_dir: str
-    """Private scratch folder: compile caches, temporary files."""
+    """Private scratch folder: temporary files, what is compiled for this run alone."""
+    cache_dir: str | None = None
+    """Folder that runs share: tokenised rows, compiled kernels. None: nothing is kept for the next run."""
     resume_from: str | None = None
     """A checkpoint folder to go on from, verified by the caller."""
     training: TrainingSpec = Field(default_factory=TrainingSpec)

@@ -7,9 +7,9 @@ from celery import signals
 
 from shared import db, heartbeat, logs
 from shared.heartbeat import SILENT_AFTER_S, Heartbeat
-from shared.queue import make_celery
+from shared.queue import QUEUE_OF, TRAIN, make_celery
 from shared.settings import get_settings
-from worker import lifecycle
+from worker import lifecycle, standby
 from worker.consumer_watch import ConsumerWatch
 
 celery_app = make_celery(get_settings())
@@ -57,7 +57,16 @@ def _child(**_: Any) -> None:
     lifecycle.working.set(False)  # the child before may have died in a task
     db.reset()  # connections don't survive a fork
     # The parent's heartbeat came along with the fork; its thread didn't.
-    _begin(Heartbeat(get_settings(), _child_name(_heartbeats[0].name)))
+    name = _heartbeats[0].name
+    _begin(Heartbeat(get_settings(), _child_name(name)))
+    if name == QUEUE_OF[TRAIN]:
+        standby.keep(get_settings())
+
+
+@signals.worker_process_shutdown.connect
+def _child_ends(**_: Any) -> None:
+    if (ahead := standby.kept()) is not None:
+        ahead.close()
 
 
 @signals.task_prerun.connect

@@ -126,6 +126,21 @@ def resolve(model_id: str, settings: Settings) -> BaseModelFiles:
     )
 
 
+def at_hand(settings: Settings) -> Path | None:
+    """The folder of the base model that most jobs start from, where `resolve` would find it without a download."""
+    model_id = next(iter(settings.base_models), None)
+    if model_id is None:
+        return None
+    unpacked = _unpack_folder(model_id, settings)
+    try:
+        found = _in_models_dir(model_id, settings) or _in_cache(model_id)
+    except BadRequest:
+        return None  # the job will hear it
+    if found is not None:
+        return found.path
+    return unpacked if unpacked is not None and unpacked.is_dir() else None
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Refuse what can't be loaded safely: another architecture, code from a repository, weights that are pickles.
 

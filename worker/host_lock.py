@@ -63,9 +63,13 @@ class HostLock:
 
     def give_to(self, pid: int) -> None:
         """Note who holds it from now on, and let go of our own copy."""
+        self.note(pid)
+        self.close()
+
+    def note(self, pid: int) -> None:
+        """Write down who is to be ended by whoever finds the lock held."""
         with contextlib.suppress(FileNotFoundError):
             os.pwrite(self.descriptor, f"{pid} {_birth(pid)}".ljust(NOTE_BYTES).encode(), 0)
-        self.close()
 
     def close(self) -> None:
         if self._open:

@@ -17,7 +17,7 @@ from shared.errors import BadRequest
 from shared.models import Checkpoint, File, Job
 from shared.settings import Settings
 from shared.training_spec import TrainerSpec, TrainingSpec
-from worker import base_models
+from worker import base_models, run_folder
 from worker.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class Preparation:
             validation_file=files[1],
             checkpoint_dir=str(storage.staging_dir(self._settings, self._job.id, self._job.fence)),
             work_dir=str(self._folder.work),
+            cache_dir=str(run_folder.caches(self._settings)),
             resume_from=None if resume_from is None else str(resume_from),
             training=self._training,
             n_epochs=hyperparameters.get("n_epochs", "auto"),

@@ -4,6 +4,8 @@ run_dir/jobs/<job>/lock                 held by the trainer that runs
 run_dir/jobs/<job>/trainer-<fence>.log  what one attempt's libraries printed, capped
 run_dir/jobs/<job>/wandb…               what `worker.wandb_feed` keeps: offline runs, the log of its process
 run_dir/jobs/<job>/<fence>/             scratch of one claim
+run_dir/standby/<name>/                 scratch of a trainer started ahead (`worker.standby`)
+run_dir/caches/                         what runs share: tokenised rows, compiled kernels
 """
 
 import shutil
@@ -45,6 +47,16 @@ class RunFolder:
         """Remove the scratch of this claim and of earlier ones; a later one's is not ours to touch."""
         for fence in range(1, self._fence + 1):
             shutil.rmtree(self._job / str(fence), ignore_errors=True)
+
+
+def standbys(settings: Settings) -> Path:
+    """Scratch folders of trainers started ahead."""
+    return settings.run_dir / "standby"
+
+
+def caches(settings: Settings) -> Path:
+    """What the next run needs not do again. May be deleted at any time."""
+    return settings.run_dir / "caches"
 
 
 def forget_old(settings: Settings, kept_s: float = LOGS_KEPT_S) -> None:

@@ -32,8 +32,8 @@ from shared.errors import AppError
 from shared.models import TERMINAL, Job, JobStatus
 from shared.redis_client import connect
 from shared.settings import Settings
-from shared.trainer_protocol import Alive, Done, Failed, Message, Started, Stopped, parse
-from shared.training_spec import TrainingSpec
+from shared.trainer_protocol import Alive, Done, Failed, Message, Metrics, Started, Stopped, parse
+from shared.training_spec import TrainerSpec, TrainingSpec
 from worker import lifecycle, memory
 from worker.generation import warm_up
 from worker.host_lock import HostLock, LockHeld
@@ -42,6 +42,7 @@ from worker.orders import Orders
 from worker.preparation import Preparation
 from worker.recorder import Recorder
 from worker.run_folder import RunFolder
+from worker.standby import Standby
 from worker.trainer_process import TrainerProcess, TrainerSurvives
 from worker.training import ladder
 from worker.wandb_feed import WandbFeed
@@ -53,14 +54,20 @@ UNSTORED_LIMIT_S = 600.0
 """How long a run that is over holds its worker while a storage out of reach takes nothing."""
 
 
-def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | None = None) -> None:
+def supervise(
+    job: Job,
+    settings: Settings,
+    trainer_command: tuple[str, ...] | None = None,
+    standby: Standby | None = None,
+) -> None:
     """Run a job that was just claimed and settle it. Never raises for anything the job did.
 
     Args:
-        trainer_command: what to start instead of `python -m worker.training`.
+        trainer_command: what to start instead of `python -m worker.training`; no standby is used then.
+        standby: where a trainer may wait that was started ahead.
     """
     try:
-        run = _Run(job, settings, trainer_command)
+        run = _Run(job, settings, trainer_command, standby if trainer_command is None else None)
         with LeaseKeeper(job.id, job.fence, settings) as lease:
             try:
                 run.execute(lease)
@@ -92,10 +99,15 @@ def supervise(job: Job, settings: Settings, trainer_command: tuple[str, ...] | N
 class _Run:
     """The state of one supervised attempt."""
 
-    def __init__(self, job: Job, settings: Settings, trainer_command: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, job: Job, settings: Settings, trainer_command: tuple[str, ...] | None, standby: Standby | None
+    ) -> None:
         self._job = job
         self._settings = settings
         self._command = trainer_command
+        self._standby = standby
+        self._device: str | None = None
+        """What the trainer trains on, once it has said so."""
         with reading() as session:
             self._base_model = model_registry.root_base(session, job)
         self._training = TrainingSpec.model_validate({**job.training, **(job.adapted or {})})
@@ -132,7 +144,7 @@ class _Run:
                 return
             spec = prepared.spec(base_dir, data_files, resume_from, self._leash_s)
             memory_kills = memory.kills()
-            self._trainer = TrainerProcess(spec, self._folder.trainer_log, lock, lease.lost, self._command)
+            self._trainer = self._start(spec, lock, lease)
         log.info("trainer %d started for %s", self._trainer.pid, self._job.id)
         try:
             outcome = self._follow(self._trainer, lease)
@@ -144,6 +156,13 @@ class _Run:
             self._settle(outcome, lease)
         finally:
             self._trainer.close()
+
+    def _start(self, spec: TrainerSpec, lock: HostLock, lease: LeaseKeeper) -> TrainerProcess:
+        """The trainer that waits for a job, or a fresh one."""
+        log_path = self._folder.trainer_log
+        if self._standby is not None and (ready := self._standby.take(spec, log_path, lock, lease.lost)):
+            return ready
+        return TrainerProcess(spec, log_path, lock, lease.lost, self._command)
 
     def _follow(self, trainer: TrainerProcess, lease: LeaseKeeper) -> Message | None:
         """Record messages and pass on orders until the trainer is gone. Returns its last word, None if it had none."""
@@ -200,7 +219,9 @@ class _Run:
                 log.warning("trainer of %s wrote no message: %r", self._job.id, line[:200])
                 continue
             if isinstance(message, Started):
-                self._resolved = message.resolved
+                self._resolved, self._device = message.resolved, message.device
+            if isinstance(message, Metrics) and self._standby is not None and self._device is not None:
+                self._standby.stepping(self._device)
             if isinstance(message, Done | Stopped | Failed):
                 verdict = message
             elif not isinstance(message, Alive):

@@ -15,7 +15,7 @@ from shared.db import reading, transaction
 from shared.queue import RUN_BATCHES, TRAIN, VALIDATE_FILES, send
 from shared.settings import get_settings
 from worker import batches as batch_runs
-from worker import lifecycle, run_folder, supervisor
+from worker import lifecycle, run_folder, standby, supervisor
 from worker.app import celery_app
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,16 @@ def train() -> None:
     settings = get_settings()
     worker = _worker()
     run_folder.forget_old(settings)
+    ahead = standby.kept()
     while not lifecycle.shutdown.is_set():
+        if ahead is not None:
+            ahead.start()
         with transaction() as session:
             job = jobs.claim_next(session, worker, settings.lease_s)
         if job is None:
             return
         log.info("claimed %s, claim %d", job.id, job.fence)
-        supervisor.supervise(job, settings)
+        supervisor.supervise(job, settings, standby=ahead)
         lifecycle.wait_out_quarantine()
     hint_if_jobs_wait()  # this worker stops; another may go on at once, without waiting for the sweep
 

@@ -1,4 +1,4 @@
-"""The trainer as a child process: started fresh, heard through two pipes, stopped for certain.
+"""The trainer as a child process: started fresh or ahead (`worker.standby`), heard through two pipes, stopped for sure.
 
     stdin     the spec on one line (a secret never stands in an argument or the environment), then a newline every
               second: the leash (`worker.training.leash`)
@@ -18,16 +18,19 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from shared.trainer_protocol import PROTOCOL_FD
 from shared.training_spec import TrainerSpec
 from worker.host_lock import HostLock
-from worker.training.environment import trainer_environment
+from worker.training.environment import SUPERVISED_BY, cache_environment, trainer_environment
 from worker.training.leash import ALIVE_EVERY_S
 
 MAX_LOG_BYTES = 10 * 2**20
 MAX_LINE_BYTES = 2**20
+TRAINER = (sys.executable, "-m", "worker.training")
 KILL_LIMIT_S = 30.0
 LAST_LINES = 25
 READ_BYTES = 2**16
@@ -39,6 +42,11 @@ class TrainerSurvives(Exception):
     def __init__(self, message: str, group: int) -> None:
         super().__init__(message)
         self.group = group
+
+
+def environment_for(cache_dir: str | None) -> dict[str, str]:
+    """What a trainer started now is born with, but for the numbers of its descriptors."""
+    return {**cache_environment(cache_dir), **trainer_environment(os.environ)}
 
 
 def _group_lives(group: int) -> bool:
@@ -65,43 +73,51 @@ class TrainerProcess:
         claim_lost: threading.Event,
         command: tuple[str, ...] | None = None,
     ) -> None:
-        self._log_file = log_path.open("ab", buffering=0)  # first: nothing may fail once the child runs
+        # First: nothing may fail once the child runs.
+        self._log_file: BinaryIO | None = log_path.open("ab", buffering=0)
+        try:
+            self._spawn(command or TRAINER, spec.work_dir, (lock.descriptor,), spec.cache_dir)
+            try:
+                lock.give_to(self.pid)
+            except BaseException:
+                self._process.kill()
+                self._process.wait()
+                self._close_pipes()
+                raise
+        except BaseException:
+            self._log_file.close()
+            raise
+        self._leash = Leash(self._process, lambda: spec.model_dump_json().encode(), claim_lost)
+
+    def _spawn(
+        self, command: tuple[str, ...], folder: str, descriptors: tuple[int, ...], cache_dir: str | None, **more: str
+    ) -> None:
+        """Start the child in `folder`, with its pipes and `descriptors`. Nothing is left over if that fails."""
         protocol_reader, protocol_writer = os.pipe()
         log_reader, log_writer = os.pipe()
-        environment = trainer_environment(os.environ)
+        environment = {**environment_for(cache_dir), **more}
         environment[PROTOCOL_FD] = str(protocol_writer)
-        environment["ANNEAL_SUPERVISED_BY"] = str(os.getpid())
+        environment[SUPERVISED_BY] = str(os.getpid())
         try:
             self._process = subprocess.Popen(
-                command or (sys.executable, "-m", "worker.training"),
+                command,
                 stdin=subprocess.PIPE,
                 stdout=log_writer,
                 stderr=log_writer,
-                pass_fds=(protocol_writer, lock.descriptor),
+                pass_fds=(protocol_writer, *descriptors),
                 env=environment,
-                cwd=spec.work_dir,
+                cwd=folder,
                 start_new_session=True,
             )
         except BaseException:
             os.close(protocol_reader)
             os.close(log_reader)
-            self._log_file.close()
             raise
         finally:
             os.close(protocol_writer)
             os.close(log_writer)
-        try:
-            lock.give_to(self._process.pid)
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            os.close(protocol_reader)
-            os.close(log_reader)
-            self._log_file.close()
-            raise
         for descriptor in (protocol_reader, log_reader):
             os.set_blocking(descriptor, False)
-        self._leash = _Leash(self._process, spec.model_dump_json().encode() + b"\n", claim_lost)
         self.heard_at = time.monotonic()
         """When it last said anything on the protocol's pipe."""
         self._protocol = protocol_reader
@@ -193,10 +209,14 @@ class TrainerProcess:
             self.kill()
         finally:
             self._leash.stop()
-            self._selector.close()
-            for descriptor in (self._protocol, self._log):
-                os.close(descriptor)
-            self._log_file.close()
+            self._close_pipes()
+            if self._log_file is not None:
+                self._log_file.close()
+
+    def _close_pipes(self) -> None:
+        self._selector.close()
+        for descriptor in (self._protocol, self._log):
+            os.close(descriptor)
 
     def _selector_has_pipes(self) -> bool:
         watched = {key.fd for key in self._selector.get_map().values()}
@@ -218,7 +238,7 @@ class TrainerProcess:
         if not chunk:
             self._selector.unregister(self._log)
             return
-        if self._log_bytes < MAX_LOG_BYTES:
+        if self._log_file is not None and self._log_bytes < MAX_LOG_BYTES:
             with contextlib.suppress(OSError):  # a disk too full for a log is no reason to end a run
                 self._log_file.write(chunk)
             self._log_bytes += len(chunk)
@@ -227,13 +247,20 @@ class TrainerProcess:
         self._last_lines.extend(line.decode(errors="replace")[:500] for line in lines if line.strip())
 
 
-class _Leash:
-    """Our end: the spec, then a sign of life every second from a thread of its own, however long the database hangs."""
+class Leash:
+    """Our end: the first line, then a sign of life every second from a thread of its own, however long the database
+    hangs.
 
-    def __init__(self, process: "subprocess.Popen[bytes]", spec: bytes, claim_lost: threading.Event) -> None:
+    Args:
+        first_line: makes what the child is told first; may take its time, for it is called in that thread.
+    """
+
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", first_line: Callable[[], bytes], claim_lost: threading.Event
+    ) -> None:
         self._process = process
         self._claim_lost = claim_lost
-        self._spec = spec
+        self._first_line = first_line
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"leash-{process.pid}", daemon=True)
         self._thread.start()
@@ -241,11 +268,15 @@ class _Leash:
     def stop(self) -> None:
         self._stopped.set()
 
+    def ends_with(self, claim_lost: threading.Event) -> None:
+        """From now on it is this claim's."""
+        self._claim_lost = claim_lost
+
     def _run(self) -> None:
         stream = self._process.stdin
         assert stream is not None
         try:
-            stream.write(self._spec)
+            stream.write(self._first_line() + b"\n")
             stream.flush()
             # Nobody reads before the trainer's imports; a second's newline fits the pipe for 18 hours.
             while not self._stopped.wait(ALIVE_EVERY_S) and not self._claim_lost.is_set():

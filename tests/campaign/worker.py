@@ -7,6 +7,7 @@ from this process, and the child inherits the change.
 """
 
 import functools
+import os
 import sys
 
 from celery.__main__ import main as celery
@@ -17,6 +18,7 @@ from worker import supervisor
 
 
 def main(log_level: str) -> None:
+    os.environ["ANNEAL_STANDBY_TRAINER"] = "false"  # it would be a real one, for nobody
     supervisor.supervise = functools.partial(supervisor.supervise, trainer_command=toy_trainer.COMMAND)
     command = commands.worker("train", log_level)
     sys.argv = command[command.index("celery") :]

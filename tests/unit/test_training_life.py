@@ -26,8 +26,10 @@ LIGHT_MODULES = (
     "progress",
     "reporter",
     "resolve",
+    "standby",
     "stopping",
     "templates",
+    "token_cache",
 )
 
 

@@ -13,8 +13,9 @@ from shared.training_spec import TrainerSpec
 from worker.lifecycle import die_with_parent
 from worker.training.environment import SUPERVISED_BY, trainer_environment
 from worker.training.leash import Leash, read_spec
-from worker.training.loop import Run
+from worker.training.loop import Run, prepare_work_dir
 from worker.training.reporter import open_reporter
+from worker.training.standby import STANDBY_FD, wait_for_job
 from worker.training.stopping import StopRequests
 
 
@@ -29,15 +30,19 @@ def main() -> int:
     reporter = open_reporter()
     stops = StopRequests(reporter)
     stops.install()
+    warm = None
     try:
-        spec = TrainerSpec.model_validate_json(read_spec())
+        if STANDBY_FD in os.environ:
+            spec, warm = wait_for_job(reporter, prepare_work_dir)
+        else:
+            spec = TrainerSpec.model_validate_json(read_spec())
     except ValidationError as error:
         what = f"the spec, the first line of standard input, is not valid: {error}"
         reporter.send(Failed(code="trainer_error", message=what))
         return 1
-    if spec.leash_s is not None:
+    if spec.leash_s is not None and warm is None:
         Leash(reporter, spec.leash_s).start()  # before the imports, which take long enough to lose a supervisor
-    return Run(spec, reporter, stops).attempt()
+    return Run(spec, reporter, stops, warm).attempt()
 
 
 if __name__ == "__main__":

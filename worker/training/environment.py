@@ -51,6 +51,15 @@ SECRET_PREFIXES = ("AWS_", "WANDB_")
 """Nothing a trainer does needs these, so a crash dump of one can't hold them."""
 
 
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+"""Compiled kernels, named by what they were compiled from: the next run on this host needs not compile them again."""
+
+
+def cache_environment(cache_dir: str | None) -> dict[str, str]:
+    """Where kernels are kept, for `trainer_environment` to be laid over: the operator's own choice wins."""
+    return {} if cache_dir is None else {name: f"{cache_dir}/{folder}" for name, folder in CACHES.items()}
+
+
 def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
     """`base` with what a trainer needs added and what it must not know removed. Applying it twice changes nothing.
 

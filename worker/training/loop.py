@@ -11,9 +11,10 @@ from pathlib import Path
 
 from shared.trainer_protocol import Done, Started
 from shared.training_spec import Resolved, TrainerSpec
-from worker.training import checkpoint, data, memory, resolve, templates
+from worker.training import checkpoint, data, memory, resolve, templates, token_cache
 from worker.training.failures import BadBaseModel, describe
 from worker.training.reporter import Reporter
+from worker.training.standby import Warm
 from worker.training.stopping import StopRequests
 
 REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "accelerate", "bitsandbytes", "datasets")
@@ -22,10 +23,11 @@ REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "
 class Run:
     """The state of one attempt, so that a failure can be told with what was running."""
 
-    def __init__(self, spec: TrainerSpec, reporter: Reporter, stops: StopRequests) -> None:
+    def __init__(self, spec: TrainerSpec, reporter: Reporter, stops: StopRequests, warm: Warm | None = None) -> None:
         self.spec = spec
         self.reporter = reporter
         self.stops = stops
+        self.warm = warm or Warm()
         self.running: Resolved | None = None
         """Set once the model is loaded: before that, no choice of the client could make it fit."""
 
@@ -43,7 +45,7 @@ class Run:
 
     def _run(self) -> None:
         spec = self.spec
-        prepare_work_dir(spec)
+        prepare_work_dir(spec.work_dir)
         from worker.training import engine  # isort: skip - imports unsloth, which must come first
         from worker.training import callbacks, model
         from worker.training.step import Abandoned
@@ -72,7 +74,7 @@ class Run:
             for warning in resolve.advice(spec, resolved, len(rows)):
                 self.reporter.warn(warning)
 
-        weights = model.load_model(
+        weights = self.warm.load_model(
             base,
             hardware,
             max_seq_length=resolved.max_seq_length,
@@ -133,14 +135,15 @@ class Run:
     ) -> tuple[list[data.Example], list[data.Example]]:
         """The training rows, packed if asked for, and the validation conversations, never packed."""
         spec, training = self.spec, self.spec.training
-        examples = data.load_training(Path(spec.training_file), template, tokenizer, longest, training.train_on)
+        load, load_held_out = (token_cache.cached(spec, load) for load in (data.load_training, data.load_validation))
+        examples = load(Path(spec.training_file), template, tokenizer, longest, training.train_on)
         self._tell_losses(examples, "training", longest)
         rows = examples.rows
         if training.packing == "rows":
             rows = data.pack(rows, resolve.packed_row_length(longest, hardware), spec.seed)
         validation: list[data.Example] = []
         if spec.validation_file is not None:
-            held_out = data.load_validation(Path(spec.validation_file), template, tokenizer, longest, training.train_on)
+            held_out = load_held_out(Path(spec.validation_file), template, tokenizer, longest, training.train_on)
             self._tell_losses(held_out, "validation", longest)
             validation = held_out.rows
         return rows, validation
@@ -167,9 +170,9 @@ class Run:
         return manifest.step + 1, manifest.tokens
 
 
-def prepare_work_dir(spec: TrainerSpec) -> None:
+def prepare_work_dir(folder: str) -> None:
     """Make the scratch folder the current one, with the caches inside it. Before unsloth is imported."""
-    work = Path(spec.work_dir)
+    work = Path(folder)
     work.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(work / "unsloth_compiled_cache")
     os.environ["HF_DATASETS_CACHE"] = str(work / "datasets")
