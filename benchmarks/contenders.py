@@ -12,9 +12,6 @@ from benchmarks.processes import ROOT, trainer_command
 RIVALS = ROOT / "benchmarks" / "rivals"
 WARM = "-warm"
 LLAMA_FACTORY_PYTHON = "ANNEAL_LLAMA_FACTORY_PYTHON"
-STANDBY_OPTIONS = ("--standby",)
-STANDBY_READY = "ready"
-"""What a trainer that waits for its job says once everything is imported; the spec is its next line of input."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class Launch:
 
     command: list[str]
     spec: dict[str, Any] | None = None
-    spec_after: str | None = None
+    standby: dict[str, Any] | None = None
+    """Started ahead with this order, and given `spec` when it is ready."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,8 @@ def _anneal(**training: Any) -> Any:
 
 
 def _standby(work: Work, caches: Path, saved: Path) -> Launch:
-    return Launch(trainer_command(*STANDBY_OPTIONS), spec(work, caches, saved), STANDBY_READY)
-
-
-def _standby_missing() -> str | None:
-    found = (ROOT / "worker" / "training" / "standby.py").exists()
-    return None if found else "this checkout has no trainer that waits for its job"
+    order = {"folder": str(caches / "standby"), "base_model_dir": str(work.model), "leash_s": 3600.0}
+    return Launch(trainer_command(), {**spec(work, caches, saved), "leash_s": 3600.0}, order)
 
 
 def _rival(script: str, *options: str, python: Callable[[], str] = lambda: sys.executable) -> Any:
@@ -138,7 +132,7 @@ CONTENDERS: dict[str, Contender] = {
     "anneal": Contender(_anneal()),
     "anneal-adamw": Contender(_anneal(optimizer="adamw")),
     "anneal-small": Contender(_anneal(gradient_checkpointing=True), gpu=True),
-    "anneal-standby": Contender(_standby, missing=_standby_missing),
+    "anneal-standby": Contender(_standby),
     "unsloth": Contender(_rival("unsloth_script.py"), packed=False),
     "unsloth-fp32": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=False),
     "trl": Contender(_rival("trl_script.py"), packed=False),

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def run(
     caches: Path,
     timeout_s: float,
     spec: dict[str, Any] | None = None,
-    spec_after: str | None = None,
+    standby: dict[str, Any] | None = None,
     on_gpu: bool,
 ) -> Said:
     """Run to the end or the time limit.
@@ -68,19 +69,25 @@ def run(
     Args:
         caches: compile caches and scratch of every kind go here; emptied by whoever wants a cold start.
         spec: goes to standard input as one line.
-        spec_after: wait for a message of this type before handing over the spec; the clock starts then.
+        standby: started ahead with this order (`worker.training.standby.StandbySpec`); when it is ready it gets the
+            spec, and the clock starts.
     """
     caches.mkdir(parents=True, exist_ok=True)
     said = Said()
     with tempfile.TemporaryFile() as stderr:
         launched_s = began_s = time.monotonic()
+        ours, theirs = socket.socketpair()
+        variables = environment(caches, on_gpu)
+        if standby is not None:
+            variables[STANDBY_FD] = str(theirs.fileno())
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             cwd=caches,
-            env=environment(caches, on_gpu),
+            env=variables,
+            pass_fds=() if standby is None else (theirs.fileno(),),
             start_new_session=True,
         )
         late, ended = threading.Event(), threading.Event()
@@ -89,16 +96,15 @@ def run(
         timer.start()
         watcher.start()
         try:
-            if spec_after is None:
+            if standby is None:
                 _hand_over(child, spec)
+            else:
+                began_s = _hand_over_when_ready(child, ours, standby, spec)
             assert child.stdout is not None
             for line in child.stdout:
                 message = _parse(line)
                 if message is None:
                     continue
-                if message.get("type") == spec_after:
-                    began_s = time.monotonic()
-                    _hand_over(child, spec)
                 said.messages.append({**message, "at_s": time.monotonic() - began_s})
             said.status = child.wait()
         finally:
@@ -132,6 +138,10 @@ def environment(caches: Path, on_gpu: bool) -> dict[str, str]:
     }
 
 
+STANDBY_FD, READY = "ANNEAL_STANDBY_FD", "ready"
+"""As in `worker.training.standby`, which can't be imported without pydantic."""
+
+
 def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU, without importing torch."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path("/dev").glob("nvidia[0-9]*"))
@@ -147,6 +157,23 @@ def _hand_over(child: "subprocess.Popen[bytes]", spec: dict[str, Any] | None) ->
         if spec is not None:
             child.stdin.write(json.dumps(spec).encode() + b"\n")
         child.stdin.close()
+
+
+def _hand_over_when_ready(
+    child: "subprocess.Popen[bytes]", connection: socket.socket, order: dict[str, Any], spec: dict[str, Any] | None
+) -> float:
+    """When the job was handed over."""
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(order).encode() + b"\n")
+    child.stdin.flush()  # and stays open: its end would be the trainer's
+    while not (Path(order["folder"]) / READY).exists():
+        if child.poll() is not None:
+            return time.monotonic()
+        time.sleep(0.02)
+    began_s = time.monotonic()
+    with tempfile.TemporaryFile() as lock:
+        socket.send_fds(connection, [json.dumps(spec).encode() + b"\n"], [lock.fileno()])
+    return began_s
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

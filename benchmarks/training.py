@@ -131,7 +131,7 @@ class Bench:
             caches=caches,
             timeout_s=self._args.timeout,
             spec=launch.spec,
-            spec_after=launch.spec_after,
+            standby=launch.standby,
             on_gpu=self._args.on_gpu,
         )
         self._ended(name, number, said, **notes)

@@ -10,12 +10,15 @@ nothing is learned from.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from worker.training import kernels, step, varlen
+from worker.training import decoder, kernels, step, varlen
+from worker.training.data import Example
 from worker.training.passes import Pass
 
 CHUNK_ROWS = 8192
@@ -239,3 +242,20 @@ class GraphStepper(step.Stepper):
         self.weights.backward(loss * inputs.scale, first=inputs.shape.first)
         self._loss.copy_(loss.detach())
         self._correct.copy_(correct)
+
+
+def warm_up(folder: Path) -> None:
+    """Compile, or read from the compilers' caches, what a model of this folder's shape is computed with."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).cuda()
+    if decoder.is_plain(model):
+        rows = [Example([5] * 20 + [own] * 20, [5] * 40, (40,)) for own in (6, 7)]
+        stepper = GraphStepper(model, torch.bfloat16, recompute=False, most=2)
+        for count in (1, 2, 2):  # with a shared beginning and without; as a graph
+            stepper.step(rows[:count], 40, lambda: False)
+        torch.cuda.synchronize()
+    del model
+    torch.cuda.empty_cache()

@@ -69,9 +69,8 @@ class Warm:
         return model.load_model(folder, hardware, **choices)
 
     def load_ahead(self, folder: Path) -> None:
-        """Load what a job with the usual choices would load: on CPU the model, for a GPU its files into the page cache.
-
-        The GPU's memory belongs to the job that runs meanwhile.
+        """Load what a job with the usual choices would load: on CPU the model, for a GPU its files into the page cache and
+        the kernels into this process. The GPU's memory belongs to the job that runs meanwhile.
         """
         from worker.training import model
 
@@ -79,6 +78,9 @@ class Warm:
         files = _state_of(folder)
         model.load_tokenizer(folder)  # for what is imported on the way
         if hardware.is_gpu:
+            from worker.training import gpu
+
+            gpu.warm_up(folder)
             for path in folder.glob("*.safetensors"):
                 _read(path)
         elif model.position_limit(folder) is not None:  # without, Unsloth's rotary embedding depends on the length
