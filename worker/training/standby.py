@@ -69,8 +69,10 @@ class Warm:
         return model.load_model(folder, hardware, **choices)
 
     def load_ahead(self, folder: Path) -> None:
-        """Load what a job with the usual choices would load: on CPU the model, for a GPU its files into the page cache and
-        the kernels into this process. The GPU's memory belongs to the job that runs meanwhile.
+        """Load what a job with the usual choices would load.
+
+        On CPU the model; for a GPU its files into the page cache and the kernels into this process, for the GPU's
+        memory belongs to the job that runs meanwhile.
         """
         from worker.training import model
 
