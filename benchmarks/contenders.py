@@ -145,6 +145,9 @@ CONTENDERS: dict[str, Contender] = {
     "unsloth-packed-adamw": Contender(
         _rival("unsloth_script.py", "--optimizer", "adamw_torch_fused"), packed=True, gpu=True
     ),
+    "unsloth-packed-kept": Contender(
+        _rival("unsloth_script.py", "--optimizer", "adamw_torch_fused", "--keep"), packed=True, gpu=True
+    ),
     "unsloth-fp32-packed": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=True, gpu=True),
     "trl-packed": Contender(_rival("trl_script.py"), packed=True, gpu=True),
     "unsloth-unpacked": Contender(_unpacked("unsloth_script.py"), packed=True, gpu=False),
@@ -155,7 +158,8 @@ DEFAULTS = {
     ("tutorial", False): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,trl,trl-under-unsloth,llama-factory",
     ("tutorial", True): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,trl",
     ("packed", False): "anneal,unsloth-unpacked",
-    ("packed", True): "anneal,anneal-warm,unsloth-packed,unsloth-fp32-packed,trl-packed,compiled,compiled-causal",
+    ("packed", True): "anneal,anneal-adamw,unsloth-packed,unsloth-packed-adamw,unsloth-packed-kept,"
+    "unsloth-fp32-packed,trl-packed,compiled,compiled-causal",
 }
 """(workload, on GPU): who takes part if nobody is named."""
 

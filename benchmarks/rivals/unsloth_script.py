@@ -23,6 +23,7 @@ def work(voice: recorder.Voice) -> None:
     from trl import SFTConfig, SFTTrainer
 
     on_gpu = torch.cuda.is_available()
+    checkpointing = on_gpu and not args.keep
     if on_gpu:
         precision = {"dtype": None, "float32_mixed_precision": args.master == "fp32"}
     else:
@@ -32,7 +33,7 @@ def work(voice: recorder.Voice) -> None:
         max_seq_length=args.length,
         load_in_4bit=False,
         full_finetuning=True,
-        use_gradient_checkpointing="unsloth" if on_gpu else False,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
         **precision,
     )
     texts = ["".join(recorder.rendered(row, tokenizer)) for row in recorder.rows(args.data)]
@@ -46,7 +47,7 @@ def work(voice: recorder.Voice) -> None:
             packing=args.packed,
             per_device_train_batch_size=args.micro,
             gradient_accumulation_steps=args.accumulation,
-            gradient_checkpointing=on_gpu,
+            gradient_checkpointing=checkpointing,
             warmup_steps=recorder.WARMUP_STEPS,
             max_steps=args.steps,
             learning_rate=args.rate,
@@ -73,6 +74,7 @@ def work(voice: recorder.Voice) -> None:
 
 if __name__ == "__main__":
     parser = recorder.arguments()
+    parser.add_argument("--keep", action="store_true", help="activations: no gradient checkpointing on a GPU")
     parser.add_argument("--optimizer", default="adamw_8bit")
     parser.add_argument("--master", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
