@@ -118,7 +118,7 @@ class Weights:
         if not self._gradients:
             self._gradients = [torch.zeros_like(master) for master in self._masters]
         self._first = first
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.grad = gradient
 
@@ -351,5 +351,5 @@ def activation_bytes(config: Any, *, recompute: bool) -> int:
     qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * size
     layer = 5 * config.hidden_size + 2 * qkv + config.num_attention_heads * size + 3 * config.intermediate_size
     layers = config.num_hidden_layers
-    numbers = layers * config.hidden_size + 3 * layer if recompute else layers * layer
+    numbers: int = layers * config.hidden_size + 3 * layer if recompute else layers * layer
     return math.ceil(2 * 1.25 * numbers)

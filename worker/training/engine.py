@@ -128,6 +128,8 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     counts: Counts
     stepper: Stepper | None
     """None: the model or the number format is not plain, and Unsloth's own forward and loss are used."""
+    _globalstep_last_logged: int
+    """The Trainer's own."""
     pass_rows: int
     pass_tokens: int | None
     untold: deque[Untold]

@@ -54,7 +54,7 @@ class GpuLayout:
 
 def padded(number: int) -> int:
     """A number of tokens that few different ones share: an eighth of the power of two below, at least 512, apart."""
-    stride = max(512, 2 ** int(math.log2(max(number, 1))) // 8)
+    stride: int = max(512, 2 ** int(math.log2(max(number, 1))) // 8)
     return -(-number // stride) * stride
 
 
@@ -177,7 +177,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(ctx.weight_dtype), None, None, None
 
 
-@torch.compile(dynamic=True, fullgraph=True)
+@torch.compile(dynamic=True, fullgraph=True)  # type: ignore[untyped-decorator]
 def _softmax_loss(logits: Any, targets: Any) -> tuple[Any, Any, Any]:
     """(gradient of the logits, sum of the losses, right answers)."""
     wide = logits.float()
