@@ -121,7 +121,6 @@ class Standby:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._trainer: StandbyTrainer | None = None
-        clear_folders(settings)
 
     def start(self) -> None:
         """Have one that lives. A failure is no job's: it is logged."""
@@ -129,6 +128,7 @@ class Standby:
             return
         try:
             self.close()
+            clear_folders(self._settings)
             self._trainer = StandbyTrainer(self._settings)
         except TrainerSurvives as error:
             log.critical("%s; this worker claims nothing until it is gone", error)

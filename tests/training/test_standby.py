@@ -159,8 +159,12 @@ def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -
         if lives(process):
             os.kill(process, signal.SIGKILL)
     assert len(list(run_folder.standbys(ours).iterdir())) == 1
-    clear_folders(ours)
-    assert list(run_folder.standbys(ours).iterdir()) == []
+
+    def is_cleared() -> bool:
+        clear_folders(ours)
+        return not list(run_folder.standbys(ours).iterdir())
+
+    wait_for(is_cleared)  # the last of its threads may still be going, and the lock with it
 
 
 def test_a_folder_in_use_is_not_cleared(ahead: Standby, ours: Settings) -> None:
@@ -313,8 +317,10 @@ def test_a_standby_that_is_still_importing_takes_a_job_whose_memory_is_limited(
 
 
 @pytest.mark.slow
-def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(tmp_path: Path, tiny_base: Path) -> None:
-    from worker.training import engine, model  # noqa: F401 - unsloth first
+def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.training import engine, memory, model  # noqa: F401 - unsloth first
 
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
@@ -330,6 +336,13 @@ def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(tmp_p
         assert found.max_seq_length == choices["max_seq_length"]
         assert warm._model is None, "never twice"
         return found is ahead
+
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
+    assert Warm().hardware(None).memory_bytes == model.hardware().memory_bytes == 10**9
+    warm = Warm()
+    warm.load_ahead(base)
+    weights = sum(parameter.numel() * 4 for parameter in warm._model.parameters())
+    assert warm.hardware(None).memory_bytes == 10**9 + weights, "or a run would be cut into other passes"
 
     assert is_used(base, usual)
     assert not is_used(base, {**usual, "master_weights": "bf16"})

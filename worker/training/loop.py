@@ -51,7 +51,7 @@ class Run:
         from worker.training.step import Abandoned
 
         # Load.
-        hardware = model.hardware(spec.memory_limit_bytes)
+        hardware = self.warm.hardware(spec.memory_limit_bytes)
         if spec.memory_limit_bytes is not None:
             memory.limit(spec.memory_limit_bytes, is_gpu=hardware.is_gpu)
         base = Path(spec.base_model_dir)

@@ -8,6 +8,7 @@ From the hand-over on it is a trainer like any other. What it did ahead changes 
 used only for a job that would load the very same one. Imports no torch before it is told to.
 """
 
+import dataclasses
 import gc
 import os
 import socket
@@ -52,6 +53,18 @@ class Warm:
         self._model: Any = None
         self._files: list[tuple[object, ...]] = []
 
+    def hardware(self, limit_bytes: int | None) -> Any:
+        """`model.hardware`, with the memory counted as free that the model takes which was loaded ahead.
+
+        It is the job's either way; without, a run would be cut into other passes than after a fresh start.
+        """
+        from worker.training import model
+
+        found = model.hardware(limit_bytes)
+        tensors = [] if self._model is None else list(self._model.parameters())
+        held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return dataclasses.replace(found, memory_bytes=found.memory_bytes + held_bytes)
+
     def load_model(self, folder: Path, hardware: Any, **choices: Any) -> Any:
         """`model.load_model`, with the model that was loaded ahead if it is the same; the other one is dropped."""
         from worker.training import model
@@ -80,9 +93,13 @@ class Warm:
         files = _state_of(folder)
         model.load_tokenizer(folder)  # for what is imported on the way
         if hardware.is_gpu:
+            import torch
+
             from worker.training import gpu
 
             gpu.warm_up(folder)
+            gc.collect()
+            torch.cuda.empty_cache()  # what the warm-up took is the running job's again
             for path in folder.glob("*.safetensors"):
                 _read(path)
         elif model.position_limit(folder) is not None:  # without, Unsloth's rotary embedding depends on the length
