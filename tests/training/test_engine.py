@@ -73,7 +73,7 @@ def gradients(trainer: engine.Engine, rows: list[data.Example], micro: int) -> d
 def test_packed_conversations_do_not_see_each_other(
     make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example], own: bool
 ) -> None:
-    packed = data.pack(rows, 512, seed=1)
+    packed = data.pack(rows, data.plan_rows(rows, 512, seed=1))
     assert len(packed) < len(rows) / 3
     trainer, _ = build(make_spec, tmp_path, packed, packing="rows")
     if not own:

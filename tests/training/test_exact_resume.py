@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
+# isort: off
+from worker.training import engine  # imports unsloth, which must come first
+# isort: on
+
 from shared.trainer_protocol import Message
 from shared.training_spec import TrainerSpec
 from tests.training import exact_resume as exact
 from tests.training.exact_resume import CASES, Case, Job, Parts
 from tests.training.trainers import run_here, run_process
+from worker.training import data, data_plan
 from worker.training.stopping import StopRequests
 
 pytestmark = pytest.mark.slow
@@ -89,6 +94,27 @@ def test_a_deploy_is_exact_and_skips_no_evaluation(
     assert step not in job.evaluations
     assert job.attempt(run_here).status == 0
     assert job.result() == reference(FP32)
+
+
+@pytest.mark.parametrize("rows", ["unpacked", "packed"])
+def test_a_later_version_that_orders_differently_ends_the_epoch_as_it_was_begun(
+    rows: str, parts: Parts, reference: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("fp32", rows)
+    job = Job(parts, case.training(), tmp_path)
+    job.attempt(functools.partial(run_here, last_word=exact.at_metrics(7)))
+    plan = data_plan.DataPlan.model_validate_json((Path(job.newest.path) / data_plan.FILE).read_text())  # type: ignore[union-attr]
+    assert (plan.packed is not None) == (rows == "packed")
+    as_it_was = data.plan_rows
+    monkeypatch.setattr(data, "plan_rows", lambda *arguments: as_it_was(*arguments)[::-1])
+    monkeypatch.setattr(engine, "order_of_epoch", lambda lengths, shuffled, batch: iter(sorted(shuffled)))
+    assert job.attempt(run_here).status == 0
+    assert job.first_steps == [1, 7]
+    wanted, ends = reference(case)["metrics"], 2 * job.epoch_steps
+    assert {step: job.metrics[step] for step in range(1, ends + 1)} == {
+        step: wanted[step] for step in range(1, ends + 1)
+    }
+    assert job.metrics[ends + 1] != wanted[ends + 1], "from the next epoch on it is the later version's own"
 
 
 def test_a_resumed_attempt_says_nothing_a_second_time(parts: Parts, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import random
 
-from worker.training.data import IGNORED, Example, cut, learns, order_of_epoch, pack
+from worker.training.data import IGNORED, Example, cut, learns, order_of_epoch, pack, plan_rows
 
 
 def examples(lengths: list[int]) -> list[Example]:
     return [
         Example([index] * length, [IGNORED] + [index] * (length - 1), (length,)) for index, length in enumerate(lengths)
     ]
+
+
+def packed_rows(rows: list[Example], row_length: int, seed: int) -> list[Example]:
+    return pack(rows, plan_rows(rows, row_length, seed))
 
 
 def some_lengths(count: int) -> list[int]:
@@ -18,7 +22,7 @@ def some_lengths(count: int) -> list[int]:
 
 def test_packing_loses_and_repeats_nothing() -> None:
     rows = examples(some_lengths(500))
-    packed = pack(rows, 512, seed=3)
+    packed = packed_rows(rows, 512, seed=3)
     assert sorted(token for row in packed for token in row.ids) == sorted(token for row in rows for token in row.ids)
     assert all(sum(row.lengths) == len(row.ids) == len(row.labels) <= 512 for row in packed)
     assert sum(len(row.lengths) for row in packed) == 500
@@ -26,19 +30,19 @@ def test_packing_loses_and_repeats_nothing() -> None:
 
 def test_packing_fills_rows() -> None:
     lengths = some_lengths(500)
-    packed = pack(examples(lengths), 512, seed=3)
+    packed = packed_rows(examples(lengths), 512, seed=3)
     assert sum(lengths) / (512 * len(packed)) > 0.95
 
 
 def test_a_conversation_longer_than_a_row_has_its_own() -> None:
-    packed = pack(examples([600, 100, 100]), 512, seed=0)
+    packed = packed_rows(examples([600, 100, 100]), 512, seed=0)
     assert sorted(row.lengths for row in packed) == [(100, 100), (600,)]
 
 
 def test_packing_is_repeatable_and_follows_the_seed() -> None:
     rows = examples(some_lengths(50))
-    assert pack(rows, 512, seed=1) == pack(rows, 512, seed=1)
-    assert pack(rows, 512, seed=1) != pack(rows, 512, seed=2)
+    assert packed_rows(rows, 512, seed=1) == packed_rows(rows, 512, seed=1)
+    assert packed_rows(rows, 512, seed=1) != packed_rows(rows, 512, seed=2)
 
 
 def test_order_changes_within_steps_only() -> None:

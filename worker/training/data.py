@@ -107,11 +107,10 @@ def cut(example: Example, longest: int) -> Example:
     return Example(ids, labels, (len(ids),))
 
 
-def pack(rows: Sequence[Example], row_length: int, seed: int) -> list[Example]:
-    """Put conversations together in rows of at most `row_length` tokens: first fit, in an order drawn from `seed`.
+def plan_rows(rows: Sequence[Example], row_length: int, seed: int) -> list[list[int]]:
+    """Which conversations share a row of at most `row_length` tokens: first fit, in an order drawn from `seed`.
 
-    A conversation longer than that has a row of its own. Each attends to itself only, because position ids restart
-    at each and no attention mask is given (proved by a test).
+    A conversation longer than that has a row of its own.
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)  # noqa: S311 - repeatable, not secret
@@ -128,7 +127,12 @@ def pack(rows: Sequence[Example], row_length: int, seed: int) -> list[Example]:
             used, members = open_rows[place]
             open_rows[place] = (used + length, [*members, index])
     packed += [members for _, members in open_rows]
-    return [_join([rows[index] for index in members]) for members in packed]
+    return packed
+
+
+def pack(rows: Sequence[Example], plan: Sequence[Sequence[int]]) -> list[Example]:
+    """The rows of a plan. Each conversation in them attends to itself only (proved by a test)."""
+    return [_join([rows[index] for index in members]) for members in plan]
 
 
 OPEN_ROWS = 64

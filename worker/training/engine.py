@@ -28,6 +28,7 @@ from shared.training_spec import Resolved
 from worker.training import decoder, passes
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
+from worker.training.data_plan import DataPlan
 from worker.training.failures import is_out_of_memory
 from worker.training.step import Abandoned, Stepper
 
@@ -86,20 +87,35 @@ class EvaluationResult:
 
 
 class StepOrder(Sampler[int]):  # type: ignore[misc]  # torch is not analysed
-    """The Trainer's own shuffled order, conversations of like length next to each other within a step."""
+    """The Trainer's own shuffled order, conversations of like length next to each other within a step.
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+    Args:
+        resumed: the epoch that a checkpoint was made in, and its order.
+    """
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int, resumed: tuple[int, list[int]] | None = None
+    ) -> None:
         self._lengths = lengths
         self._batch_size = batch_size
         self._shuffled = SeedableRandomSampler(range(len(lengths)), data_seed=seed)
+        self._resumed = resumed
+        self.epoch = 0
+        self.order: list[int] = []
+        """Of that epoch."""
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        return order_of_epoch(self._lengths, list(self._shuffled), self._batch_size)
+        if self._resumed is not None and self._resumed[0] == self.epoch:
+            self.order = self._resumed[1]
+        else:
+            self.order = list(order_of_epoch(self._lengths, list(self._shuffled), self._batch_size))
+        return iter(self.order)
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         self._shuffled.set_epoch(epoch)
 
 
@@ -125,6 +141,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     owner: Any
     rows: list[Example]
     step_order: StepOrder
+    plan: DataPlan
     counts: Counts
     stepper: Stepper | None
     """None: the model or the number format is not plain, and Unsloth's own forward and loss are used."""
@@ -225,7 +242,8 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         self.owner.publish(self, resumable=True)
 
     def save_resume_state(self, folder: Path) -> None:
-        """optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json."""
+        """optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, data_plan.json."""
+        self.plan.model_copy(update={"epoch": self.step_order.epoch, "order": self.step_order.order}).write(folder)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -276,8 +294,14 @@ def configure(resolved: Resolved, work_dir: Path) -> SFTConfig:
     return config
 
 
-def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, work_dir: Path) -> Engine:
-    """The engine with its data, optimizer settings and counting in place; callbacks are the caller's."""
+def build(
+    model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, work_dir: Path, plan: DataPlan | None = None
+) -> Engine:
+    """The engine with its data, optimizer settings and counting in place; callbacks are the caller's.
+
+    Args:
+        plan: that the rows were made by, with the order of a resumed epoch.
+    """
     disable_progress_bars()
     dataset = _as_dataset(rows, resolved.max_seq_length)
     engine = Engine(
@@ -294,7 +318,9 @@ def build(model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, w
     packed = any(len(row.lengths) > 1 for row in rows)
     if engine.stepper is None and packed and not getattr(engine.data_collator, "padding_free", False):
         raise AssertionError("the engine turned padding-free batches off; packed conversations would see each other")
-    engine.step_order = StepOrder([len(row.ids) for row in rows], resolved.batch_size, engine.args.data_seed)
+    engine.plan = plan or DataPlan(conversations_sha256="", packed=None, epoch=0, order=[])
+    resumed = (engine.plan.epoch, engine.plan.order) if engine.plan.order else None
+    engine.step_order = StepOrder([len(row.ids) for row in rows], resolved.batch_size, engine.args.data_seed, resumed)
     engine.counts, engine.told_counts = Counts(), Counts()
     engine.untold, engine.steps_untold = deque(), int(engine.args.device.type == "cuda")
     return engine

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from shared.trainer_protocol import Done, Started
 from shared.training_spec import Resolved, TrainerSpec
-from worker.training import checkpoint, data, memory, resolve, templates, token_cache
+from worker.training import checkpoint, data, data_plan, memory, resolve, templates, token_cache
+from worker.training.data_plan import DataPlan
 from worker.training.failures import BadBaseModel, describe
 from worker.training.reporter import Reporter
 from worker.training.standby import Warm
@@ -60,7 +61,7 @@ class Run:
 
         # Data.
         longest = resolve.longest_conversation(spec, model.position_limit(base))
-        rows, validation = self._read_data(template, tokenizer, hardware, longest)
+        rows, validation, plan = self._read_data(template, tokenizer, hardware, longest)
         resolved = resolve.resolve(
             spec,
             hardware,
@@ -81,7 +82,7 @@ class Run:
             master_weights=resolved.master_weights,
             gradient_checkpointing=resolved.gradient_checkpointing,
         )
-        trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir))
+        trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir), plan)
         first_step, tokens_before = self._where_to_resume()
         callback = callbacks.RunCallback(
             spec,
@@ -132,21 +133,27 @@ class Run:
 
     def _read_data(
         self, template: templates.Template, tokenizer: templates.Tokenizer, hardware: resolve.Hardware, longest: int
-    ) -> tuple[list[data.Example], list[data.Example]]:
-        """The training rows, packed if asked for, and the validation conversations, never packed."""
+    ) -> tuple[list[data.Example], list[data.Example], DataPlan]:
+        """The training rows, packed if asked for, the validation conversations, never packed, and the rows' plan."""
         spec, training = self.spec, self.spec.training
         load, load_held_out = (token_cache.cached(spec, load) for load in (data.load_training, data.load_validation))
         examples = load(Path(spec.training_file), template, tokenizer, longest, training.train_on)
         self._tell_losses(examples, "training", longest)
         rows = examples.rows
-        if training.packing == "rows":
-            rows = data.pack(rows, resolve.packed_row_length(longest, hardware), spec.seed)
+        digest = data_plan.sha256_of(rows)
+        plan = None if spec.resume_from is None else data_plan.read(Path(spec.resume_from), digest)
+        if plan is None:
+            row_length = resolve.packed_row_length(longest, hardware)
+            packed = data.plan_rows(rows, row_length, spec.seed) if training.packing == "rows" else None
+            plan = DataPlan(conversations_sha256=digest, packed=packed, epoch=0, order=[])
+        if plan.packed is not None:
+            rows = data.pack(rows, plan.packed)
         validation: list[data.Example] = []
         if spec.validation_file is not None:
             held_out = load_held_out(Path(spec.validation_file), template, tokenizer, longest, training.train_on)
             self._tell_losses(held_out, "validation", longest)
             validation = held_out.rows
-        return rows, validation
+        return rows, validation, plan
 
     def _tell_losses(self, examples: data.Examples, which: str, longest: int) -> None:
         # A resumed attempt has said so before, unless its sequences have become shorter since.
