@@ -63,6 +63,7 @@ def run(
     spec: dict[str, Any] | None = None,
     standby: dict[str, Any] | None = None,
     on_gpu: bool,
+    gpus: int = 1,
 ) -> Said:
     """Run to the end or the time limit.
 
@@ -77,7 +78,7 @@ def run(
     with tempfile.TemporaryFile() as stderr:
         launched_s = began_s = time.monotonic()
         ours, theirs = socket.socketpair()
-        variables = environment(caches, on_gpu)
+        variables = environment(caches, on_gpu, gpus)
         if standby is not None:
             variables[STANDBY_FD] = str(theirs.fileno())
         child = subprocess.Popen(
@@ -121,8 +122,9 @@ def run(
     return said
 
 
-def environment(caches: Path, on_gpu: bool) -> dict[str, str]:
+def environment(caches: Path, on_gpu: bool, gpus: int = 1) -> dict[str, str]:
     """Ours, with what is on the Python path still found from another folder, and every cache in one place."""
+    in_sight = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(number) for number in range(gpus))).split(",")
     named = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     path = [str(ROOT), *(str(Path(part).resolve()) for part in named)]
     return {
@@ -130,7 +132,7 @@ def environment(caches: Path, on_gpu: bool) -> dict[str, str]:
         **OFFLINE,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
         # Of several GPUs the Trainer would use all.
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if on_gpu else "",
+        "CUDA_VISIBLE_DEVICES": ",".join(in_sight[:gpus]) if on_gpu else "",
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "HF_DATASETS_CACHE": str(caches / "datasets"),

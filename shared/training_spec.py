@@ -45,6 +45,10 @@ class TrainingSpec(BaseModel):
     """Conversations per forward pass; changes speed and memory, not gradients. `auto`: as many as are fast and fit."""
     gradient_accumulation_steps: PositiveInt | None = None
     """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given."""
+    gpus: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+    """GPUs of one host that share each step: its conversations are dealt out, gradients added up. Batch, losses and
+    checkpoints are those of one GPU. Fails where the worker sees fewer; where it sees none, so many processes share
+    the CPU."""
     max_seq_length: Annotated[StrictInt, Field(ge=32, le=131072)] = 2048
     """Tokens; longer conversations are cut and the job says how many."""
     packing: Literal["none", "rows"] = "none"
@@ -106,7 +110,7 @@ class TrainingSpec(BaseModel):
             else:
                 batch = accumulation * (2 if micro == "auto" else micro)
         if micro == "auto":
-            most = min(batch, max(fitting, 1))
+            most = min(-(-batch // self.gpus), max(fitting, 1))  # more than its share no GPU gets
             whole = next(size for size in range(most, 0, -1) if batch % size == 0)
             micro = batch // accumulation if accumulation is not None else whole
         return batch, micro, batch // micro
@@ -162,6 +166,7 @@ class Resolved(BaseModel):
     micro_batch_size: int
     gradient_accumulation_steps: int
     max_seq_length: int
+    gpus: int = 1
     precision: str
     master_weights: str
     optimizer: str

@@ -160,7 +160,8 @@ class _Run:
     def _start(self, spec: TrainerSpec, lock: HostLock, lease: LeaseKeeper) -> TrainerProcess:
         """The trainer that waits for a job, or a fresh one."""
         log_path = self._folder.trainer_log
-        if self._standby is not None and (ready := self._standby.take(spec, log_path, lock, lease.lost)):
+        standby = self._standby if self._training.gpus == 1 else None  # its threads are as many as there are cores
+        if standby is not None and (ready := standby.take(spec, log_path, lock, lease.lost)):
             return ready
         return TrainerProcess(spec, log_path, lock, lease.lost, self._command)
 

@@ -24,6 +24,7 @@ LIGHT_MODULES = (
     "leash",
     "loop",
     "progress",
+    "ranks",
     "reporter",
     "resolve",
     "standby",

@@ -1,6 +1,7 @@
 """`python -m worker.training < spec.json`: train one model, tell it on the protocol's pipe, exit.
 
 The spec is one line of JSON. Exit status 0: done or stopped as ordered. 1: failed, and the last message says why.
+Under torchrun, standard input and the pipe are rank 0's.
 """
 
 import os
@@ -14,6 +15,7 @@ from worker.lifecycle import die_with_parent
 from worker.training.environment import SUPERVISED_BY, trainer_environment
 from worker.training.leash import Leash, read_spec
 from worker.training.loop import Run, prepare_work_dir
+from worker.training.ranks import open_peer_reporter, take_place
 from worker.training.reporter import open_reporter
 from worker.training.standby import STANDBY_FD, wait_for_job
 from worker.training.stopping import StopRequests
@@ -27,12 +29,16 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)  # noqa: S606 - ourselves again
     # The supervisor tells Weights & Biases what is to be told. Found, trl imports it: a second for nothing.
     sys.modules["wandb"] = None  # type: ignore[assignment]
-    reporter = open_reporter()
+    place = take_place()
+    is_peer = place is not None and place.rank > 0
+    reporter = open_peer_reporter() if is_peer else open_reporter()
     stops = StopRequests(reporter)
-    stops.install()
+    (stops.follow if is_peer else stops.install)()
     warm = None
     try:
-        if STANDBY_FD in os.environ:
+        if place is not None and is_peer:
+            spec = place.told_spec()
+        elif STANDBY_FD in os.environ:
             spec, warm = wait_for_job(reporter, prepare_work_dir)
         else:
             spec = TrainerSpec.model_validate_json(read_spec())
@@ -42,7 +48,13 @@ def main() -> int:
         return 1
     if spec.leash_s is not None and warm is None:
         Leash(reporter, spec.leash_s).start()  # before the imports, which take long enough to lose a supervisor
-    return Run(spec, reporter, stops, warm).attempt()
+    run = Run(spec, reporter, stops, warm, place)
+    status = run.attempt()
+    if run.place is not None:
+        run.peers.close()
+        sys.stderr.flush()
+        os._exit(status)  # an orderly exit would wait for connections to processes that are gone
+    return status
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from worker.training import checkpoint, engine, model
 from worker.training.data import Example
 from worker.training.failures import Diverged
 from worker.training.heap import HeapTrimmer
+from worker.training.parallel import Alone
 from worker.training.progress import Progress, times_due
 from worker.training.reporter import Reporter
 from worker.training.stopping import StopRequests
@@ -39,6 +40,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         *,
         first_step: int,
         tokens_before: int,
+        group: Alone | None = None,
     ) -> None:
         self._spec = spec
         self._resolved = resolved
@@ -47,6 +49,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._reporter = reporter
         self._heap = HeapTrimmer()
         self._stops = stops
+        self._group = group or Alone()
         self._first_step = first_step
         self._tokens_before = tokens_before
         self._window: list[float] = []
@@ -75,9 +78,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._stops.last_step = step
         self._heap.after_step()
         last = step >= self._resolved.max_steps
-        if self._stops.requested and not last:
+        cancelled, interrupted = self._orders()
+        if (cancelled or interrupted) and not last:
             control.should_training_stop = True
-            control.should_save = not self._stops.cancelled
+            control.should_save = not cancelled
             return
         control.should_evaluate = not last and self._evaluation_is_due(step)
         control.should_save = not last and step % self._resolved.save_steps == 0
@@ -89,8 +93,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self._report(logs, state, kwargs.get("model"))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._stops.requested:
+        if any(self._orders()):
             control.should_training_stop = True
+
+    def _orders(self) -> tuple[bool, bool]:
+        """(cancelled, interrupted), the same on every rank; what comes after this is for the next look."""
+        return self._group.agree(self._stops.cancelled, self._stops.interrupted)
 
     def _take_up(self, state: TrainerState) -> None:
         """What the attempt that saved the resumed checkpoint had still to tell.
@@ -128,7 +136,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         result = engine.evaluate(trainer, self._validation, lambda: self._stops.requested)
         if result is None:
             trainer.control.should_training_stop = True
-            trainer.control.should_save = not self._stops.cancelled
+            trainer.control.should_save = not self._orders()[0]
             return
         if not math.isfinite(result.loss):
             raise self._diverged(step, f"the validation loss is {result.loss}")
@@ -149,6 +157,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             Diverged: a weight is not a finite number, which a loss need not show; nothing is published.
+            RanksDiffer: nor where the ranks have not got the same weights.
         """
         step = trainer.state.global_step
         began_s = time.monotonic()
@@ -156,6 +165,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         broken = model.not_finite(bare)
         if broken is not None:
             raise self._diverged(step, f"weights of {broken} are not finite")
+        self._group.demand_same(bare, step)
+        if self._group.rank:
+            return
 
         def write(folder: Path) -> None:
             model.save_model(bare, Path(self._spec.base_model_dir), folder, self._template)
@@ -197,6 +209,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return time.monotonic() - self.started_s
 
     # How a step is told.
+
+    def meet(self) -> None:
+        """Wait for the other ranks: none begins, and can run out of memory, before rank 0 has said how it began."""
+        self._orders()
 
     def attach(self, trainer: engine.Engine) -> None:
         self._trainer = trainer

@@ -25,6 +25,8 @@ from worker.training.operations import Operations
 
 PLAIN_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose decoder is the one above; their configurations may still ask for more."""
+ALIGNED = 64
+"""Numbers that each master's gradient is a multiple of apart, for kernels that read several at once."""
 PLAIN_ROPE = frozenset({"default", "linear", "llama3"})
 """Rotary embeddings whose angles depend on nothing but the position."""
 
@@ -95,7 +97,9 @@ class Weights:
         inverse, self._rope_scale = _rope(self.config, self.embedding.device)
         self._inverse_frequencies = inverse
         self._gradients: list[torch.Tensor] = []
-        """Of each master, kept for the life of the run."""
+        """Of each master, parts of `gradients`; kept for the life of the run."""
+        self.gradients = torch.empty(0)
+        """All of them in one piece, which can be summed over processes at once; empty before the first pass."""
         self._first = True
 
     def refresh(self) -> None:
@@ -115,10 +119,27 @@ class Weights:
 
         Each leaf's gradient is handed over as soon as it is whole, so that no two of them are held at once.
         """
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(master) for master in self._masters]
+        self._make_gradients()
         self._first = first
         loss.backward()
+        self._show_gradients()
+
+    def clear_gradients(self) -> None:
+        """The gradients of a step without a pass."""
+        self._make_gradients()
+        self.gradients.zero_()
+        self._show_gradients()
+
+    def _make_gradients(self) -> None:
+        if self._gradients:
+            return
+        sizes = [-(-master.numel() // ALIGNED) * ALIGNED for master in self._masters]
+        first = self._masters[0]
+        self.gradients = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        parts = zip(self.gradients.split(sizes), self._masters, strict=True)
+        self._gradients = [part[: master.numel()].view(master.shape) for part, master in parts]
+
+    def _show_gradients(self) -> None:
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.grad = gradient
 

@@ -30,6 +30,7 @@ from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
 from worker.training.data_plan import DataPlan
 from worker.training.failures import is_out_of_memory
+from worker.training.parallel import Alone
 from worker.training.step import Abandoned, Stepper
 
 EVALUATION_TOKENS = 4096
@@ -149,6 +150,8 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     """The Trainer's own."""
     pass_rows: int
     pass_tokens: int | None
+    group: Alone
+    """The processes that compute each step together."""
     untold: deque[Untold]
     steps_untold: int
     """Steps that may be under way before the one before them is told of."""
@@ -178,18 +181,27 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         self.counts.tokens += sum(len(row.ids) for row in rows)
         self.counts.conversations += sum(len(row.lengths) for row in rows)
         learned = passes.count_learned(rows)
+        mine = self.group.share(rows)
         if self.stepper is not None:
-            sums = self.stepper.step(rows, learned, self.owner.is_cancelled)
+            sums = self.stepper.step(mine, learned, self.owner.is_cancelled)
+            loss, correct = self.group.add_up([self.stepper.weights.gradients], sums.loss, sums.correct)
             self.counts.learned += learned
-            self.counts.correct += sums.correct
-            return sums.loss / learned
-        loss: Any = 0.0
-        for number, chunk in enumerate(passes.chunks(rows, self.pass_rows, self.pass_tokens)):
+            self.counts.correct += correct
+            return loss / learned
+        loss = 0.0
+        # Without a row of our own one is computed all the same: the loss scaler wants to have seen something.
+        for number, chunk in enumerate(passes.chunks(mine or rows[:1], self.pass_rows, self.pass_tokens)):
             if number and self.owner.is_cancelled():
                 raise Abandoned
             inputs = self.data_collator([vars_of(row) for row in chunk])
             loss = loss + super().training_step(model, inputs, learned)
-        return loss
+        if self.group.world == 1:
+            return loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None or not mine:
+                parameter.grad = torch.zeros_like(parameter)
+        return self.group.add_up([parameter.grad for parameter in trained], loss if mine else loss * 0, 0)[0]
 
     def _maybe_log_save_evaluate(
         self,
@@ -295,12 +307,19 @@ def configure(resolved: Resolved, work_dir: Path) -> SFTConfig:
 
 
 def build(
-    model: Any, tokenizer: Any, rows: list[Example], resolved: Resolved, work_dir: Path, plan: DataPlan | None = None
+    model: Any,
+    tokenizer: Any,
+    rows: list[Example],
+    resolved: Resolved,
+    work_dir: Path,
+    plan: DataPlan | None = None,
+    group: Alone | None = None,
 ) -> Engine:
     """The engine with its data, optimizer settings and counting in place; callbacks are the caller's.
 
     Args:
         plan: that the rows were made by, with the order of a resumed epoch.
+        group: of processes that train together.
     """
     disable_progress_bars()
     dataset = _as_dataset(rows, resolved.max_seq_length)
@@ -313,6 +332,7 @@ def build(
     for noisy in (PrinterCallback, ProgressCallback):
         engine.remove_callback(noisy)
     engine.rows = rows
+    engine.group = group or Alone()
     engine.pass_rows, engine.pass_tokens = resolved.micro_batch_size, (resolved.model_extra or {})["tokens_per_pass"]
     engine.stepper = make_stepper(engine, resolved)
     packed = any(len(row.lengths) > 1 for row in rows)
@@ -349,13 +369,25 @@ def add_callback(engine: Engine, callback: TrainerCallback) -> None:
 
 
 def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool]) -> EvaluationResult | None:
-    """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile.
+    """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile on any rank.
 
     Padded batches with a mask, so that nothing depends on how the engine tells conversations apart; logits are made
     of the labelled positions only. Smaller batches are tried before memory counts as having run out: no choice that
     makes training fit would help here.
     """
-    longest = max(len(row.ids) for row in rows)
+    sums = engine.group.total(_evaluate_share(engine, engine.group.share(rows), should_stop))
+    if sums is None:
+        return None
+    loss, correct, learned = sums
+    return EvaluationResult(loss / learned, correct / learned, int(learned))
+
+
+EvaluationSums = tuple[float, float, float]
+"""Losses, right answers, tokens that were learned."""
+
+
+def _evaluate_share(engine: Engine, rows: list[Example], should_stop: Callable[[], bool]) -> EvaluationSums | None:
+    longest = max((len(row.ids) for row in rows), default=0)
     batch_tokens = EVALUATION_TOKENS
     while True:
         try:
@@ -370,12 +402,12 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool
 
 def _evaluate(
     engine: Engine, rows: list[Example], batch_tokens: int, should_stop: Callable[[], bool]
-) -> EvaluationResult | None:
+) -> EvaluationSums | None:
     if engine.stepper is not None:
         sums = engine.stepper.evaluate(rows, batch_tokens, should_stop)
         if sums is None:
             return None
-        return EvaluationResult(float(sums.loss) / sums.learned, int(sums.correct) / sums.learned, sums.learned)
+        return float(sums.loss), int(sums.correct), sums.learned
     model = engine.bare_model()
     was_training = model.training
     model.eval()
@@ -397,7 +429,7 @@ def _evaluate(
             count += wanted.numel()
     finally:
         model.train(was_training)
-    return EvaluationResult(loss_sum / count, correct / count, count)
+    return loss_sum, correct, count
 
 
 def _autocast(engine: Engine) -> Any:

@@ -28,8 +28,11 @@ OFFLINE = {
 }
 """A trainer reads local folders only. These win over what the operator set."""
 
-ONE_GPU = {"CUDA_VISIBLE_DEVICES": "0"}
-"""With several GPUs in sight the Trainer would split each batch among threads. The supervisor chooses the GPU."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""One GPU: with several in sight the Trainer would split each batch among threads."""
+GPUS_IN_SIGHT = "ANNEAL_GPUS_IN_SIGHT"
+"""What `VISIBLE` was for the worker, whose GPUs a job may ask for; `ALL_GPUS` if it was not set."""
+ALL_GPUS = "all"
 
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -60,11 +63,28 @@ def cache_environment(cache_dir: str | None) -> dict[str, str]:
     return {} if cache_dir is None else {name: f"{cache_dir}/{folder}" for name, folder in CACHES.items()}
 
 
+def gpus_of(in_sight: str | None, count: int) -> list[str]:
+    """The GPUs of a list as `VISIBLE` takes it, on a machine with `count` of them. As CUDA reads it, a number that is
+    no GPU ends the list."""
+    if in_sight is None or in_sight == ALL_GPUS:
+        return [str(number) for number in range(count)]
+    found: list[str] = []
+    for name in in_sight.split(",") if count else ():
+        if not name.strip() or (name.strip().lstrip("-").isdigit() and not 0 <= int(name) < count):
+            break
+        found.append(name.strip())
+    return found
+
+
 def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:
     """`base` with what a trainer needs added and what it must not know removed. Applying it twice changes nothing.
 
-    Malloc, thread, GPU and verbosity settings already in `base` are kept, so that an operator can tune them.
+    Malloc, thread and verbosity settings already in `base` are kept, so that an operator can tune them. Of several
+    GPUs in sight the first stays; a trainer that is to use more finds them in `GPUS_IN_SIGHT`.
     """
     dropped = (*SECRETS, *UNSAFE)
     kept = {name: value for name, value in base.items() if name not in dropped and not name.startswith(SECRET_PREFIXES)}
-    return {**MALLOC, **THREADS, **QUIET, **ONE_GPU, **kept, **OFFLINE}
+    in_sight = base.get(GPUS_IN_SIGHT, base.get(VISIBLE, ALL_GPUS))
+    one = "0" if in_sight == ALL_GPUS else in_sight.split(",")[0]
+    gpus = {GPUS_IN_SIGHT: in_sight, VISIBLE: base[VISIBLE] if GPUS_IN_SIGHT in base and VISIBLE in base else one}
+    return {**MALLOC, **THREADS, **QUIET, **kept, **gpus, **OFFLINE}

@@ -9,11 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-from shared.trainer_protocol import Done, Started
+from shared.trainer_protocol import Done, Message, Started
 from shared.training_spec import Resolved, TrainerSpec
 from worker.training import checkpoint, data, data_plan, memory, resolve, templates, token_cache
 from worker.training.data_plan import DataPlan
-from worker.training.failures import BadBaseModel, describe
+from worker.training.failures import BadBaseModel, UnsupportedSetting, describe
+from worker.training.ranks import Peers, Place
 from worker.training.reporter import Reporter
 from worker.training.standby import Warm
 from worker.training.stopping import StopRequests
@@ -24,11 +25,21 @@ REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "
 class Run:
     """The state of one attempt, so that a failure can be told with what was running."""
 
-    def __init__(self, spec: TrainerSpec, reporter: Reporter, stops: StopRequests, warm: Warm | None = None) -> None:
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        reporter: Reporter,
+        stops: StopRequests,
+        warm: Warm | None = None,
+        place: Place | None = None,
+    ) -> None:
         self.spec = spec
         self.reporter = reporter
         self.stops = stops
         self.warm = warm or Warm()
+        self.place = place
+        """Among several processes; None: alone, unless `spec` asks for more."""
+        self.peers = Peers(reporter)
         self.running: Resolved | None = None
         """Set once the model is loaded: before that, no choice of the client could make it fit."""
 
@@ -40,21 +51,46 @@ class Run:
             import traceback
 
             traceback.print_exc(file=sys.stderr)
-            self.reporter.send(describe(error, self.spec.training, self.running))
+            self._end(describe(error, self.spec.training, self.running))
             return 1
         return 0
 
+    def _gather(self) -> None:
+        """Have as many processes as the run asks for.
+
+        Raises:
+            UnsupportedSetting: there are others.
+        """
+        wanted = self.spec.training.gpus
+        if self.place is None and wanted > 1:
+            self.place = self.peers.start(self.spec)
+            self.stops.pass_on = self.peers.pass_on
+        elif self.place is not None and self.place.world != wanted:
+            raise UnsupportedSetting(
+                f"training.gpus is {wanted}, but {self.place.world} processes were started for it", "training.gpus"
+            )
+        if self.place is not None and self.place.rank == 0:
+            self.place.tell_spec(self.spec)
+
+    def _end(self, message: Message) -> None:
+        """Say the last word, unless a peer's failure was it."""
+        self.peers.settle()
+        self.reporter.send(message)
+
     def _run(self) -> None:
         spec = self.spec
+        self._gather()
         prepare_work_dir(spec.work_dir)
         from worker.training import engine  # isort: skip - imports unsloth, which must come first
-        from worker.training import callbacks, model
+        from worker.training import callbacks, model, parallel
         from worker.training.step import Abandoned
 
         # Load.
-        hardware = self.warm.hardware(spec.memory_limit_bytes)
+        group = parallel.join(self.place)
+        hardware = self.warm.hardware(spec.memory_limit_bytes, group.world)
         if spec.memory_limit_bytes is not None:
-            memory.limit(spec.memory_limit_bytes, is_gpu=hardware.is_gpu)
+            share = 1 if hardware.is_gpu else group.world
+            memory.limit(spec.memory_limit_bytes // share, is_gpu=hardware.is_gpu)
         base = Path(spec.base_model_dir)
         tokenizer = model.load_tokenizer(base)
         template = templates.choose(spec.training.chat_template, tokenizer)
@@ -82,7 +118,7 @@ class Run:
             master_weights=resolved.master_weights,
             gradient_checkpointing=resolved.gradient_checkpointing,
         )
-        trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir), plan)
+        trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir), plan, group)
         first_step, tokens_before = self._where_to_resume()
         callback = callbacks.RunCallback(
             spec,
@@ -93,6 +129,7 @@ class Run:
             self.stops,
             first_step=first_step,
             tokens_before=tokens_before,
+            group=group,
         )
         callback.attach(trainer)
         engine.add_callback(trainer, callback)
@@ -113,17 +150,18 @@ class Run:
 
         # Train.
         self.stops.stepping(first_step - 1)
+        callback.meet()
         with contextlib.suppress(Abandoned):
             trainer.train(resume_from_checkpoint=spec.resume_from)
         if trainer.state.global_step < resolved.max_steps:
-            self.reporter.send(self.stops.message)
+            self._end(self.stops.message)
             return
 
         # Evaluate, publish.
         self.stops.finishing()
         callback.evaluate(trainer)
         callback.publish(trainer, resumable=False)
-        self.reporter.send(
+        self._end(
             Done(
                 step=resolved.max_steps,
                 tokens=callback.tokens(trainer),

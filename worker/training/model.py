@@ -39,8 +39,13 @@ class Weight:
     file: Path
 
 
-def hardware(limit_bytes: int | None = None) -> Hardware:
-    """What this process can train on, with the memory that is free now or what it may take. Imports unsloth."""
+def hardware(limit_bytes: int | None = None, processes: int = 1) -> Hardware:
+    """What this process can train on, with the memory that is free now or what it may take. Imports unsloth.
+
+    Args:
+        limit_bytes: of the GPU that this process has to itself, or of the host.
+        processes: the run's, which share the host.
+    """
     import torch
     import unsloth
 
@@ -52,6 +57,8 @@ def hardware(limit_bytes: int | None = None) -> Hardware:
         free_bytes = memory.available_bytes()
     if limit_bytes is not None:
         free_bytes = min(free_bytes, limit_bytes)
+    if not torch.cuda.is_available():
+        free_bytes //= processes
     return Hardware(name, torch.cuda.is_available(), computes_bf16, free_bytes)
 
 

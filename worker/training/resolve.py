@@ -102,6 +102,7 @@ def resolve(
             "micro_batch_size": micro,
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
+            "gpus": training.gpus,
             "tokens_per_pass": most_tokens if chosen else None,
             "precision": precision,
             "master_weights": training.master_weights,

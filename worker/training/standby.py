@@ -53,14 +53,14 @@ class Warm:
         self._model: Any = None
         self._files: list[tuple[object, ...]] = []
 
-    def hardware(self, limit_bytes: int | None) -> Any:
+    def hardware(self, limit_bytes: int | None, processes: int = 1) -> Any:
         """`model.hardware`, with the memory counted as free that the model takes which was loaded ahead.
 
         It is the job's either way; without, a run would be cut into other passes than after a fresh start.
         """
         from worker.training import model
 
-        found = model.hardware(limit_bytes)
+        found = model.hardware(limit_bytes, processes)
         tensors = [] if self._model is None else list(self._model.parameters())
         held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return dataclasses.replace(found, memory_bytes=found.memory_bytes + held_bytes)

@@ -64,6 +64,8 @@ class Stepper:
                 raise Abandoned
             found = self._pass(one, 1 / learned, first=first)
             loss, correct, first = loss + found[0], correct + found[1], False
+        if first:  # none of the step's conversations is ours
+            self.weights.clear_gradients()
         return Sums(loss, correct, learned)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed

@@ -9,6 +9,7 @@ and ends the process.
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 from shared.trainer_protocol import Stopped
@@ -24,11 +25,19 @@ class StopRequests:
         self.last_step = 0
         self.cancelled = False
         self.interrupted = False
+        self.pass_on: Callable[[int], None] = lambda _number: None
+        """Hands an interrupt to the other processes of the run, which abandon an evaluation for it."""
 
     def install(self) -> None:
         """Listen. Call it from the main thread, first thing."""
         signal.signal(signal.SIGTERM, self._interrupt)
         signal.signal(signal.SIGUSR1, self._cancel)
+
+    def follow(self) -> None:
+        """Listen as one of several processes of which another one decides. From the main thread."""
+        self._stepping = True
+        signal.signal(signal.SIGTERM, self._interrupt)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def stepping(self, last_step: int) -> None:
         """From here on the training loop looks at the flags itself; `last_step` steps are done already."""
@@ -49,6 +58,7 @@ class StopRequests:
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         self.interrupted = True
+        self.pass_on(signal.SIGTERM)
         self._leave_unless_stepping()
 
     def _cancel(self, _signal: int, _frame: FrameType | None) -> None:
