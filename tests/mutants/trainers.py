@@ -53,8 +53,8 @@ TRAINER = (
     guard(
         "SIGTERM asks for a checkpoint",
         "worker/training/stopping.py",
-        "        signal.signal(signal.SIGTERM, self._interrupt)\n",
-        "",
+        "        signal.signal(signal.SIGTERM, self._interrupt)\n        signal.signal(signal.SIGUSR1, self._cancel)\n",
+        "        signal.signal(signal.SIGUSR1, self._cancel)\n",
         pytest(DEPLOY),
     ),
     guard(
