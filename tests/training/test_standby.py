@@ -254,7 +254,8 @@ CHOICES = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3, "max_seq_le
 def job_for(make_spec: MakeSpec, settings: Settings, folder: Path, **fields: Any) -> TrainerSpec:
     (folder / "work").mkdir()
     cache_dir = str(run_folder.caches(settings))
-    return make_spec(folder, training=CHOICES, leash_s=settings.lease_s / 2, cache_dir=cache_dir, **fields)
+    values = {"training": CHOICES, "leash_s": settings.lease_s / 2, "cache_dir": cache_dir, **fields}
+    return make_spec(folder, **values)
 
 
 def run_ahead(settings: Settings, spec: TrainerSpec, folder: Path, *, ready: bool = True) -> Ended:
@@ -307,9 +308,9 @@ def test_a_standby_that_is_still_importing_takes_a_job_whose_memory_is_limited(
         lease_s=60,
         trainer_memory_bytes=LIMIT_BYTES,
     )
-    spec = job_for(
-        make_spec, settings, tmp_path, base_model_dir=str(base), memory_limit_bytes=settings.trainer_memory_bytes
-    )
+    limited = {"base_model_dir": str(base), "memory_limit_bytes": settings.trainer_memory_bytes}
+    as_loaded_ahead = {**CHOICES, "gradient_checkpointing": False}
+    spec = job_for(make_spec, settings, tmp_path, training=as_loaded_ahead, **limited)
     ended = run_ahead(settings, spec, tmp_path, ready=False)
     assert LOADED_AHEAD not in ended.log
     assert [message.type for message in ended.messages] == ["error"]
