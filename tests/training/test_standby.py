@@ -247,7 +247,8 @@ def run_to_end(trainer: TrainerProcess, folder: Path) -> Ended:
     return Ended([message for message in messages if message.type != "alive"], log, sha256, noted)
 
 
-LIMIT_BYTES = 60 * 2**20
+LIMIT_BYTES = 180 * 2**20
+"""Enough to map the wide model's file, not to load it as well."""
 CHOICES = {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3, "max_seq_length": 512}
 
 
@@ -300,7 +301,7 @@ def test_a_standby_that_is_still_importing_takes_a_job_whose_memory_is_limited(
     """The limit counts the model: nothing may have been loaded before it was set."""
     models = tmp_path / "models"
     base = make_tiny_llama(models / "acme" / "wide", hidden_size=1024, intermediate_size=4096)
-    assert (base / "model.safetensors").stat().st_size > 2 * LIMIT_BYTES
+    assert LIMIT_BYTES / 2 < (base / "model.safetensors").stat().st_size < LIMIT_BYTES
     settings = Settings(
         data=tmp_path / "data",
         models_dir=models,
