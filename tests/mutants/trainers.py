@@ -6,6 +6,7 @@ from tests.mutants.guard import guard
 SUPERVISOR = "tests/worker/test_supervisor.py"
 DEPLOY = f"{SUPERVISOR}::test_a_worker_that_shuts_down_saves_and_gives_the_job_back"
 BONDS = "tests/worker/test_bonds.py"
+STANDBY = "tests/training/test_standby.py"
 
 TRAINER = (
     guard(
@@ -42,6 +43,56 @@ TRAINER = (
         "                _end_holder(descriptor)\n",
         "",
         pytest(f"{BONDS}::test_a_new_supervisor_ends_the_stopped_trainer_of_an_earlier_claim"),
+    ),
+    guard(
+        "the standby's lock names it",
+        "worker/standby.py",
+        "            lock.note(self.pid)\n",
+        "",
+        pytest(f"{STANDBY}::test_the_lock_is_the_standbys_once_it_has_the_job"),
+    ),
+    guard(
+        "the lock goes with the job to a standby",
+        "worker/training/standby.py",
+        "            self.lock += descriptors\n",
+        "            self.lock += descriptors and [os.close(descriptors[0]) or 0]\n",
+        pytest(f"{STANDBY}::test_the_lock_is_the_standbys_once_it_has_the_job"),
+    ),
+    guard(
+        "a standby is on the job's leash",
+        "worker/standby.py",
+        "            self._leash.ends_with(claim_lost)\n",
+        "",
+        pytest(f"{STANDBY}::test_a_claim_that_is_lost_ends_the_standby_that_took_it"),
+    ),
+    guard(
+        "a stale standby is put away",
+        "worker/standby.py",
+        "        if self.exit_status() is not None or not self._is_as_fresh_for(spec):\n",
+        "        if self.exit_status() is not None:\n",
+        pytest(f"{STANDBY}::test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock[stale environment]"),
+    ),
+    guard(
+        "a standby that can't take the job is killed",
+        "worker/standby.py",
+        '            log.warning("the standby %d did not take job %s: %s", self.pid, spec.job_id, error)\n'
+        "            self.close()\n",
+        '            log.warning("the standby %d did not take job %s: %s", self.pid, spec.job_id, error)\n',
+        pytest(f"{STANDBY}::test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock[stopped]"),
+    ),
+    guard(
+        "a standby's model is the job's own",
+        "worker/training/standby.py",
+        "        if ahead is not None and same and self._files == _state_of(folder):\n",
+        "        if ahead is not None and same:\n",
+        pytest(f"{STANDBY}::test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only", limit_s=120),
+    ),
+    guard(
+        "damaged tokens are not trained on",
+        "worker/training/token_cache.py",
+        "    if hashlib.sha256(body).digest() != digest or not body.startswith(MAGIC):\n",
+        "    if not body.startswith(MAGIC):\n",
+        pytest("tests/unit/test_token_cache.py::test_a_damaged_entry_is_no_entry"),
     ),
     guard(
         "the whole group is killed",
