@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 
 from shared.training_spec import TrainerSpec, TrainingSpec
 from tests.training.conftest import MakeSpec
+from tests.training.test_engine import Owner, build
 from tests.training.trainers import Outcome, TrainerProcess, run_here
-from worker.training import parallel
+from worker.training import data, parallel, passes, templates
+from worker.training import model as models
 from worker.training.checkpoint import verify
 from worker.training.environment import GPUS_IN_SIGHT, gpus_of, trainer_environment
+from worker.training.ranks import Peers
+from worker.training.reporter import Reporter
 
 pytestmark = pytest.mark.slow
 
@@ -306,3 +310,43 @@ def test_a_micro_batch_is_no_larger_than_a_share() -> None:
     assert TrainingSpec(batch_size=8, gpus=2).resolved_batch() == (8, 4, 2)
     assert TrainingSpec(batch_size=8, gpus=16).resolved_batch() == (8, 1, 8)
     assert TrainingSpec(batch_size=8, micro_batch_size=8, gpus=2).resolved_batch() == (8, 8, 1)
+
+
+class Half(parallel.Alone):
+    """One of two ranks whose sums are made by the test."""
+
+    world = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def share(self, rows: Any) -> list[Any]:
+        return passes.share(rows, self.rank, 2)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own passes", "unsloth's"])
+@pytest.mark.parametrize("rows_of_step", [8, 1], ids=["a step", "a row for one of two"])
+def test_shares_gradients_add_up_to_the_steps(
+    own: bool, rows_of_step: int, make_spec: MakeSpec, tiny_base: Path, training_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = models.load_tokenizer(tiny_base)
+    template = templates.choose("auto", tokenizer)
+    rows = data.load_training(training_file, template, tokenizer, 512, "assistant").rows
+    trainer, _ = build(make_spec, tmp_path, rows)
+    if not own:
+        trainer.stepper = None
+    found = []
+    for group in (parallel.Alone(), Half(0), Half(1)):
+        trainer.group = group
+        trainer.model.zero_grad()
+        trainer.owner = Owner()
+        loss = trainer.training_step(trainer.model, rows[:rows_of_step])
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()} | {"loss": loss})
+    for name, whole in found[0].items():
+        assert torch.allclose(whole, found[1][name] + found[2][name], atol=1e-5), name
+
+
+def test_a_last_word_that_nobody_reads_ends_the_run_too() -> None:
+    peers = Peers(Reporter(2))
+    peers.settle()
+    peers.settle()

@@ -126,7 +126,7 @@ class Peers:
         self._pipes: dict[int, int] = {}
         self._through: set[int] = set()
         """Ranks that have said their last word."""
-        self._ending = threading.Lock()
+        self._ending = threading.RLock()  # a last word that nobody reads is followed by another
 
     def start(self, spec: TrainerSpec) -> Place:
         """Start `training.gpus` - 1 peers, from the main thread: they die with the thread that started them.
