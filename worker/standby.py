@@ -63,6 +63,7 @@ class StandbyTrainer(TrainerProcess):
             TrainerSurvives: it could neither take the job nor be killed.
         """
         if self.exit_status() is not None or not self._is_as_fresh_for(spec):
+            log.warning("the standby %d is not used: it died, or a fresh trainer would be another", self.pid)
             self.close()
             return False
         try:
