@@ -16,7 +16,7 @@ from shared.training_spec import TrainerSpec, TrainingSpec
 from tests.training.conftest import MakeSpec
 from tests.training.tiny_llama import make_tiny_llama, sentence, write_jsonl
 from tests.training.trainers import Outcome, run_here, run_process
-from worker.training import data, templates
+from worker.training import data, passes, templates
 from worker.training.ladder import next_rung
 
 pytestmark = pytest.mark.slow
@@ -84,8 +84,14 @@ def test_a_run_that_does_not_fit_goes_down_the_ladder_and_learns_the_same(wide_s
         assert (found.tokens, found.learning_rate) == (expected.tokens, expected.learning_rate)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own passes", "unsloth's"])
 def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(
-    make_spec: MakeSpec, tmp_path: Path, training_file: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    training_file: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: bool,
 ) -> None:
     """Nothing the ladder changes would make an evaluation smaller. The allocator's error is raised by the test."""
     from tests.training.test_engine import build
@@ -95,9 +101,11 @@ def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(
     template = templates.choose("auto", tokenizer)
     rows = data.load_training(training_file, template, tokenizer, 512, "assistant").rows
     trainer, _ = build(make_spec, tmp_path, rows)
+    if not own:
+        trainer.stepper = None
     whole = engine.evaluate(trainer, rows, lambda: False)
     sizes: list[int] = []
-    padded = engine._padded
+    padded, join = engine._padded, passes.join
 
     def no_more_than(limit: int) -> None:
         def allocate(members: list[data.Example], device: Any) -> dict[str, Any]:
@@ -106,7 +114,14 @@ def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(
                 raise torch.OutOfMemoryError("tried to allocate")
             return padded(members, device)
 
+        def run(members: list[data.Example]) -> passes.Pass:
+            sizes.append(sum(len(row.ids) for row in members))
+            if sizes[-1] > limit:
+                raise torch.OutOfMemoryError("tried to allocate")
+            return join(members)
+
         monkeypatch.setattr(engine, "_padded", allocate)
+        monkeypatch.setattr(passes, "join", run)
 
     no_more_than(1200)
     smaller = engine.evaluate(trainer, rows, lambda: False)

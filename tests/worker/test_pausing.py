@@ -79,7 +79,7 @@ def test_a_worker_whose_job_was_paused_goes_on_with_the_next(
     settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = supervisor.supervise
-    monkeypatch.setattr(supervisor, "supervise", lambda job, settings: real(job, settings, COMMAND))
+    monkeypatch.setattr(supervisor, "supervise", lambda job, settings, **_: real(job, settings, COMMAND))
     paused, other = submit(steps=1000, step_s=0.03), submit(steps=2)
     claimed: list[str] = []
 
