@@ -220,6 +220,7 @@ def is_training(service: Up, job_id: str) -> bool:
 def test_the_same_folder_starts_again_with_everything_in_it(launch: Callable[..., Up], tmp_path: Path) -> None:
     """Stopped by SIGTERM in the middle of a job, then started again, then killed in the middle of the same job."""
     settings = {"ANNEAL_MODELS_DIR": str(tmp_path / "models"), "ANNEAL_LEASE_S": "6", "ANNEAL_HEARTBEAT_S": "1"}
+    settings["ANNEAL_STANDBY_TRAINER"] = "false"  # which would be through with this model before anybody looks
     make_base_model(tmp_path / "models" / "acme" / "tiny")
     first = launch(tmp_path / "data", **settings).ready()
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
