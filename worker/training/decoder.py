@@ -38,8 +38,8 @@ def is_plain(model: Any) -> bool:
         return False
     if getattr(config, "attention_dropout", 0) or _windowed(config) or _rope_type(config) not in PLAIN_ROPE:
         return False
-    known = {name for name, _ in _names(config, model)}
-    return known == {name for name, _ in model.named_parameters()}
+    have = {name for name, _ in model.named_parameters()}
+    return have == set(_names(config, have))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,19 +186,13 @@ class Weights:
 
     def _leaf(self, parameters: dict[str, Any], names: list[str]) -> torch.Tensor:
         """One tensor for the named masters, below each other."""
-        masters = [parameters[name] for name in names]
+        masters, places = self._place(parameters, names)
         joined = torch.cat([master.detach() for master in masters]).to(self.dtype)
-        row = 0
-        places = []
-        for master in masters:
-            end = row + len(master)
-            view = joined[row:end]
+        for master, (_, (start, end)) in zip(masters, places, strict=True):
+            view = joined[start:end]
             if master.dtype == self.dtype:
                 master.data = view
-            places.append((len(self._masters), (row, end)))
-            self._masters.append(master)
             self._views.append((view, master))
-            row = end
         index = len(self.leaves)
         joined.requires_grad_().register_post_accumulate_grad_hook(lambda _: self._arrived(index))
         self._places.append(places)
@@ -206,14 +200,18 @@ class Weights:
         return joined
 
     def _late(self, parameters: dict[str, Any], names: list[str]) -> "Late":
+        return Late(self, *self._place(parameters, names))
+
+    def _place(self, parameters: dict[str, Any], names: list[str]) -> tuple[list[torch.nn.Parameter], Places]:
+        """The named masters, from now on ours, and where each stands in what they make together."""
         masters = [parameters[name] for name in names]
-        row = 0
         places: Places = []
+        row = 0
         for master in masters:
             places.append((len(self._masters), (row, row + len(master))))
             self._masters.append(master)
             row += len(master)
-        return Late(self, masters, places)
+        return masters, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,24 +310,23 @@ class Decoder:
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _names(config: Any, model: Any) -> Iterator[tuple[str, None]]:
-    """The parameters a plain model has, those of its options included where it has them."""
-    have = {name for name, _ in model.named_parameters()}
-    yield _EMBEDDING, None
-    yield "model.norm.weight", None
+def _names(config: Any, have: set[str]) -> Iterator[str]:
+    """The parameters a plain model has, those of its options included where `have` has them."""
+    yield _EMBEDDING
+    yield "model.norm.weight"
     if _HEAD in have:
-        yield _HEAD, None
+        yield _HEAD
     for index in range(config.num_hidden_layers):
         at = f"model.layers.{index}."
         for part in ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-            yield f"{at}{part}.weight", None
+            yield f"{at}{part}.weight"
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{at}self_attn.{part}.weight", None
+            yield f"{at}self_attn.{part}.weight"
         biases = [f"{at}self_attn.{part}_proj.bias" for part in "qkv"]
         norms = [f"{at}self_attn.{part}_norm.weight" for part in "qk"]
         for group in (biases, norms):
             if all(name in have for name in group):
-                yield from ((name, None) for name in group)
+                yield from group
 
 
 def _windowed(config: Any) -> bool:
