@@ -7,12 +7,12 @@ Anneal's trainer on the same rows in the same order, 200 steps at 2e-5 and at 2e
     fp32          the same in 32 bits throughout (CPU only: `training.precision: fp32`)
     bf16-master   weights kept in bf16 too (`training.master_weights: bf16`)
     seed          the default with another seed, so other rows in each step: how far two runs are apart anyway
+    untrained     one step with next to no learning rate, once: the loss before any training
 
-Compared is the loss over rows that nobody trains on, before the differences of training losses, which are noisier. The
-loss before any training comes from a run with next to no learning rate.
+Compared is the loss over rows that nobody trains on, before the differences of training losses, which are noisier.
 
     python benchmarks/precision.py [--model FOLDER] [--data alpaca.json] [--steps 200] [--rates 2e-5,2e-4] [--out FILE]
-                                   [--only default,fp32,bf16-master,seed] [--resume]
+                                   [--only default,fp32,bf16-master,seed,untrained] [--resume]
 """
 
 import argparse
@@ -41,8 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SEED, OTHER_SEED = 3407, 3408
 HELD_OUT = 100
 EVALUATIONS = 5
-UNTRAINED = "untrained"
-UNTRAINED_RATE = 1e-12
+UNTRAINED, UNTRAINED_RATE = "untrained", 1e-12
 
 
 def main() -> int:
@@ -70,7 +69,8 @@ class Bench:
         rows = training_rows.read_rows(args.data) if args.data else training_rows.make_rows(needed)
         train = training_rows.write_rows(rows[:-HELD_OUT], self._scratch / "train.json")
         valid = training_rows.write_rows(rows[-HELD_OUT:], self._scratch / "valid.json")
-        planned = [(UNTRAINED, UNTRAINED_RATE), *((name, rate) for rate in args.rates for name in args.only)]
+        planned = [(name, rate) for rate in args.rates for name in args.only if name != UNTRAINED]
+        planned += [(UNTRAINED, UNTRAINED_RATE)] * (UNTRAINED in args.only)
         for name, rate in planned:
             if any(run["variant"] == name and run["rate"] == rate for run in self.runs):
                 continue
@@ -177,14 +177,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="conversations a step, an even number")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[2e-5, 2e-4])
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(VARIANTS))
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[*VARIANTS, UNTRAINED])
     parser.add_argument("--timeout", type=float, default=7200, help="seconds a process may take")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, do the others")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
     args.on_gpu = processes.has_gpu() if args.device == "auto" else args.device == "gpu"
-    if unknown := set(args.only) - set(VARIANTS):
+    if unknown := set(args.only) - {*VARIANTS, UNTRAINED}:
         parser.error(f"no variant is called {', '.join(sorted(unknown))}")
     return args
 

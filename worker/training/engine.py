@@ -184,7 +184,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         mine = self.group.share(rows)
         if self.stepper is not None:
             sums = self.stepper.step(mine, learned, self.owner.is_cancelled)
-            loss, correct = self.group.add_up([self.stepper.weights.gradients], sums.loss, sums.correct)
+            loss, correct = self.group.add_up(self.stepper.weights.gradients, sums.loss, sums.correct)
             self.counts.learned += learned
             self.counts.correct += correct
             return loss / learned

@@ -7,6 +7,7 @@
     ├── BadTemplate            incompatible_chat_template
     ├── UnsupportedSetting     unsupported_setting
     ├── Diverged               diverged
+    ├── NoGradient             trainer_error
     └── DiskFull               disk_full
 
 Everything else becomes `out_of_memory` or `trainer_error` in `describe`.
@@ -60,6 +61,10 @@ class BadTemplate(TrainingFailed):
 
 class UnsupportedSetting(TrainingFailed):
     code = "unsupported_setting"
+
+
+class NoGradient(TrainingFailed):
+    """A loss without a gradient: the run would look well and learn nothing."""
 
 
 class Diverged(TrainingFailed):

@@ -66,6 +66,7 @@ class Stepper:
             loss, correct, first = loss + found[0], correct + found[1], False
         if first:  # none of the step's conversations is ours
             self.weights.clear_gradients()
+        self.weights.show_gradients()
         return Sums(loss, correct, learned)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
