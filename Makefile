@@ -65,7 +65,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(notdir $(VLLM_LOCK))
 setup-vllm: $(VLLM_STAMP)
 	@echo "ANNEAL_ENGINE=vllm needs ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python" >&2
 
-$(VLLM_STAMP): VENV := $(VLLM_VENV)
+# `override`: with VENV= on the command line these versions would go into that environment, over ours.
+$(VLLM_STAMP): override VENV := $(VLLM_VENV)
 $(VLLM_STAMP): $(VLLM_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(VLLM_LOCK) into $(VENV) (some minutes, once)" >&2
@@ -124,7 +125,7 @@ EVAL_STAMP := $(EVAL_VENV)/.installed-$(notdir $(EVAL_LOCK))
 
 setup-eval: $(EVAL_STAMP)
 
-$(EVAL_STAMP): VENV := $(EVAL_VENV)
+$(EVAL_STAMP): override VENV := $(EVAL_VENV)
 $(EVAL_STAMP): $(EVAL_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(EVAL_LOCK) into $(VENV) (some minutes, once)" >&2
@@ -149,7 +150,6 @@ LLAMA_FACTORY_STAMP := $(LLAMA_FACTORY_VENV)/.installed-$(notdir $(LLAMA_FACTORY
 
 setup-llama-factory: $(LLAMA_FACTORY_STAMP)
 
-# `override`: with VENV= on the command line these versions would go into that environment, over ours.
 $(LLAMA_FACTORY_STAMP): override VENV := $(LLAMA_FACTORY_VENV)
 $(LLAMA_FACTORY_STAMP): $(LLAMA_FACTORY_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
