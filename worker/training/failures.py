@@ -29,6 +29,8 @@ OUT_OF_MEMORY_SIGNS = (
     "std::bad_alloc",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "could not create a primitive",  # oneDNN, whose only word it is: its primitives hold buffers
+    "could not create a memory object",
 )
 
 
