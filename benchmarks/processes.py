@@ -80,6 +80,7 @@ def run(
         ours, theirs = socket.socketpair()
         variables = environment(caches, on_gpu, gpus)
         if standby is not None:
+            (Path(standby["folder"]) / READY).unlink(missing_ok=True)  # an earlier run's
             variables[STANDBY_FD] = str(theirs.fileno())
         child = subprocess.Popen(
             command,
@@ -168,7 +169,7 @@ def _hand_over_when_ready(
     assert child.stdin is not None
     child.stdin.write(json.dumps(order).encode() + b"\n")
     child.stdin.flush()  # and stays open: its end would be the trainer's
-    while not (Path(order["folder"]) / READY).exists():
+    while not (Path(order["folder"]) / READY).exists():  
         if child.poll() is not None:
             return time.monotonic()
         time.sleep(0.02)
