@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ def a_standby(settings: Settings) -> Iterator[None]:
 
 @pytest.mark.parametrize("somebody", [a_job, a_standby])
 def test_nothing_goes_while_a_trainer_of_this_host_lives(
-    somebody: Callable[[Settings], object], ours: Settings
+    somebody: Callable[[Settings], AbstractContextManager[None]], ours: Settings
 ) -> None:
     with somebody(ours):
         compile_caches.bound(ours, 50)
