@@ -18,22 +18,18 @@ Compared is the loss over rows that nobody trains on, before the differences of 
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import processes, training_result, training_rows
+from benchmarks import processes, report, training_result, training_rows
 from benchmarks.contenders import Launch, Work, rival, spec
-from benchmarks.training import base_model, command, processor
+from benchmarks.training import base_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -63,9 +59,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self._args = args
         self._scratch = scratch
-        self.runs: list[dict[str, Any]] = []
-        if args.resume and args.out and args.out.exists():
-            self.runs = json.loads(args.out.read_text())["runs"]
+        self.runs = report.runs_of(args.out) if args.resume else []
 
     def run(self) -> None:
         args = self._args
@@ -94,8 +88,7 @@ class Bench:
             run = {"variant": name, "rate": rate, **training_result.result(said, on_gpu=args.on_gpu)}
             self.runs.append(run)
             print(line(run), flush=True)
-            if args.out:
-                self._write(args.out)
+            self._write()
 
     def comparisons(self) -> list[dict[str, Any]]:
         return [found for rate in self._args.rates if (found := compared(self.runs, rate))]
@@ -112,21 +105,15 @@ class Bench:
                 )
         return "\n".join(text)
 
-    def _write(self, out: Path) -> None:
-        report = {
-            "command": command("python benchmarks/precision.py"),
-            "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "machine": {"cpus": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
-            "device": next((run["device"] for run in self.runs if run["device"]), None),
-            "data": self._args.data.name if self._args.data else "made up (benchmarks/training_rows.py)",
-            "model": self._args.model_shape or self._args.model.name,
-            "comparisons": self.comparisons(),
-            "runs": self.runs,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        new = out.with_name(out.name + ".new")
-        new.write_text(json.dumps(report, indent=1) + "\n")
-        new.replace(out)
+    def _write(self) -> None:
+        report.write(
+            self._args.out,
+            "python benchmarks/precision.py",
+            self.runs,
+            data=self._args.data.name if self._args.data else "made up (benchmarks/training_rows.py)",
+            model=self._args.model_shape or self._args.model.name,
+            comparisons=self.comparisons(),
+        )
 
 
 def whole(work: Work) -> Work:

@@ -12,20 +12,17 @@ Runs from a checkout with torch and Unsloth on the Python path, needs no install
 """
 
 import argparse
-import json
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import contenders, processes, training_result, training_rows
-from benchmarks.training import MARGIN, base_model, command
+from benchmarks import contenders, processes, report, training_result, training_rows
+from benchmarks.training import MARGIN, base_model
 
 ROWS_A_GPU = 16
 
@@ -43,7 +40,7 @@ def main() -> int:
         for number in range(1, args.runs + 1):
             for gpus in args.gpus:
                 runs.append(one(args, gpus, number, data, scratch))
-                write(args, runs)
+                report.write(args.out, "python3 benchmarks/scaling.py", runs, ratios=ratios(runs))
     print("\n" + table(runs, args.rows), flush=True)
     return 0 if all(run["failure"] is None for run in runs) else 1
 
@@ -93,23 +90,6 @@ def table(runs: list[dict[str, Any]], rows: int) -> str:
         lines.append(f"{gpus:>4}  {rows * gpus:>11}  {one['rate']:>10.0f}  {one['ratio']:>6.2f}  {ideal:>12.0%}")
     lines += [f"{run['contender']}, run {run['round']} failed: {run['failure']}" for run in runs if run["failure"]]
     return "\n".join(lines)
-
-
-def write(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
-    if args.out is None:
-        return
-    report = {
-        "command": command("python3 benchmarks/scaling.py"),
-        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": {"cpus": os.cpu_count()},
-        "device": next((run["device"] for run in runs if run["device"]), None),
-        "ratios": ratios(runs),
-        "runs": runs,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = args.out.with_name(args.out.name + ".new")
-    new.write_text(json.dumps(report, indent=1) + "\n")
-    new.replace(args.out)
 
 
 def options() -> argparse.Namespace:

@@ -25,20 +25,16 @@ with torch and the contenders on the Python path, needs no installation of the p
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import processes, training_curve, training_result, training_rows
+from benchmarks import processes, report, training_curve, training_result, training_rows
 from benchmarks.contenders import DEFAULTS, WARM, Work, find, refusal
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -65,9 +61,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self._args = args
         self._scratch = scratch
-        self._runs: list[dict[str, Any]] = []
-        if args.resume and args.out and args.out.exists():
-            self._runs = json.loads(args.out.read_text())["runs"]
+        self._runs = report.runs_of(args.out) if args.resume else []
 
     def rounds(self) -> list[dict[str, Any]]:
         args = self._args
@@ -108,7 +102,8 @@ class Bench:
 
     def verdict(self) -> str:
         found = training_result.summaries(self._runs)
-        text = [f"\nmedian (least to most) of {self._args.workload}, {self._device()}", training_result.table(found)]
+        device = report.device(self._runs) or "no device"
+        text = [f"\nmedian (least to most) of {self._args.workload}, {device}", training_result.table(found)]
         for pair, gap in training_result.loss_differences(self._runs).items():
             same = "the same tokens" if gap["same_tokens"] else "other tokens"
             text.append(f"{pair}: first 5 losses at most {gap['first_5_max']:.2g} apart, {same} in every step")
@@ -144,30 +139,20 @@ class Bench:
         if self._args.logs:
             self._args.logs.mkdir(parents=True, exist_ok=True)
             (self._args.logs / f"{name.replace(' ', '_').replace(',', '')}-{number}.stderr").write_text(said.stderr)
-        if self._args.out:
-            self._write(self._args.out)
+        self._write()
 
-    def _write(self, out: Path) -> None:
-        """Whole or not at all: a run that is cut off must leave what it has."""
-        report = {
-            "command": command("python3 benchmarks/training.py"),
-            "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "machine": {"cpus": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
-            "device": self._device(),
-            "workload": self._args.workload,
-            "data": self._args.data.name if self._args.data else "made up (benchmarks/training_rows.py)",
-            "model": self._args.model_shape or self._args.model.name,
-            "summary": {} if self._args.workload == "curve" else training_result.summaries(self._runs),
-            "loss_differences": {} if self._args.workload == "curve" else training_result.loss_differences(self._runs),
-            "runs": self._runs,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        new = out.with_name(out.name + ".new")
-        new.write_text(json.dumps(report, indent=1) + "\n")
-        new.replace(out)
-
-    def _device(self) -> str:
-        return next((run["device"] for run in self._runs if run["device"]), "no device")
+    def _write(self) -> None:
+        is_curve = self._args.workload == "curve"
+        report.write(
+            self._args.out,
+            "python3 benchmarks/training.py",
+            self._runs,
+            workload=self._args.workload,
+            data=self._args.data.name if self._args.data else "made up (benchmarks/training_rows.py)",
+            model=self._args.model_shape or self._args.model.name,
+            summary={} if is_curve else training_result.summaries(self._runs),
+            loss_differences={} if is_curve else training_result.loss_differences(self._runs),
+        )
 
     def _has(self, name: str, number: int) -> bool:
         return any(run["contender"] == name and run["round"] == number and not run.get("priming") for run in self._runs)
@@ -250,16 +235,6 @@ def base_model(args: argparse.Namespace, scratch: Path) -> Path:
         subprocess.run(make, check=True, env=processes.environment(scratch, on_gpu=False))
         return target
     return model
-
-
-def command(program: str) -> str:
-    """What was typed, with folders that are somebody's own left out."""
-    return " ".join([program, *(Path(part).name if part.startswith("/") else part for part in sys.argv[1:])])
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from shared import db, heartbeat, logs
 from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import QUEUE_OF, TRAIN, make_celery
 from shared.settings import get_settings
-from worker import lifecycle, standby
+from worker import compile_caches, lifecycle, standby
 from worker.consumer_watch import ConsumerWatch
 
 celery_app = make_celery(get_settings())
@@ -60,6 +60,7 @@ def _child(**_: Any) -> None:
     name = _heartbeats[0].name
     _begin(Heartbeat(get_settings(), _child_name(name)))
     if name == QUEUE_OF[TRAIN]:
+        compile_caches.bound(get_settings())  # as long as there is no trainer
         standby.keep(get_settings())
 
 

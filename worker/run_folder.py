@@ -55,7 +55,7 @@ def standbys(settings: Settings) -> Path:
 
 
 def caches(settings: Settings) -> Path:
-    """What the next run needs not do again. May be deleted at any time."""
+    """What the next run needs not do again. May be deleted while no trainer lives."""
     return settings.run_dir / "caches"
 
 

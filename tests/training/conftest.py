@@ -15,6 +15,7 @@ os.environ.update(
 from shared.training_spec import TrainerSpec
 from tests.training import trainers
 from tests.training.tiny_llama import alpaca_rows, make_tiny_llama, write_jsonl
+from worker.training import data, templates
 
 MakeSpec = Callable[..., TrainerSpec]
 Outcome = trainers.Outcome
@@ -33,6 +34,15 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "valid.jsonl", alpaca_rows(10, seed=9))
+
+
+@pytest.fixture(scope="session")
+def rows(tiny_base: Path, training_file: Path) -> list[data.Example]:
+    """The training file's, whole conversations."""
+    from worker.training import model
+
+    tokenizer = model.load_tokenizer(tiny_base)
+    return data.load_training(training_file, templates.choose("auto", tokenizer), tokenizer, 512, "assistant").rows
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,6 @@ from worker.training.step import Abandoned, Stepper
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
 
 
-@pytest.fixture(scope="module")
-def rows(tiny_base: Path, training_file: Path) -> list[data.Example]:
-    tokenizer = models.load_tokenizer(tiny_base)
-    template = templates.choose("auto", tokenizer)
-    return data.load_training(training_file, template, tokenizer, 512, "assistant").rows
-
-
 def build(
     make_spec: MakeSpec, folder: Path, rows: list[data.Example], **training: Any
 ) -> tuple[engine.Engine, Resolved]:

@@ -16,7 +16,7 @@ from shared.training_spec import TrainerSpec, TrainingSpec
 from tests.training.conftest import MakeSpec
 from tests.training.tiny_llama import make_tiny_llama, sentence, write_jsonl
 from tests.training.trainers import Outcome, run_here, run_process
-from worker.training import data, passes, templates
+from worker.training import data, passes
 from worker.training.ladder import next_rung
 
 pytestmark = pytest.mark.slow
@@ -86,20 +86,11 @@ def test_a_run_that_does_not_fit_goes_down_the_ladder_and_learns_the_same(wide_s
 
 @pytest.mark.parametrize("own", [True, False], ids=["own passes", "unsloth's"])
 def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(
-    make_spec: MakeSpec,
-    tmp_path: Path,
-    training_file: Path,
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    own: bool,
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example], monkeypatch: pytest.MonkeyPatch, own: bool
 ) -> None:
     """Nothing the ladder changes would make an evaluation smaller. The allocator's error is raised by the test."""
     from tests.training.test_engine import build
-    from worker.training import model as models
 
-    tokenizer = models.load_tokenizer(tiny_base)
-    template = templates.choose("auto", tokenizer)
-    rows = data.load_training(training_file, template, tokenizer, 512, "assistant").rows
     trainer, _ = build(make_spec, tmp_path, rows)
     if not own:
         trainer.stepper = None

@@ -17,8 +17,7 @@ from shared.training_spec import TrainerSpec, TrainingSpec
 from tests.training.conftest import MakeSpec
 from tests.training.test_engine import Owner, build
 from tests.training.trainers import Outcome, TrainerProcess, run_here
-from worker.training import data, parallel, passes, templates
-from worker.training import model as models
+from worker.training import data, parallel, passes
 from worker.training.checkpoint import verify
 from worker.training.environment import GPUS_IN_SIGHT, gpus_of, trainer_environment
 from worker.training.ranks import Peers
@@ -327,11 +326,8 @@ class Half(parallel.Alone):
 @pytest.mark.parametrize("own", [True, False], ids=["own passes", "unsloth's"])
 @pytest.mark.parametrize("rows_of_step", [8, 1], ids=["a step", "a row for one of two"])
 def test_shares_gradients_add_up_to_the_steps(
-    own: bool, rows_of_step: int, make_spec: MakeSpec, tiny_base: Path, training_file: Path, tmp_path: Path
+    own: bool, rows_of_step: int, make_spec: MakeSpec, rows: list[data.Example], tmp_path: Path
 ) -> None:
-    tokenizer = models.load_tokenizer(tiny_base)
-    template = templates.choose("auto", tokenizer)
-    rows = data.load_training(training_file, template, tokenizer, 512, "assistant").rows
     trainer, _ = build(make_spec, tmp_path, rows)
     if not own:
         trainer.stepper = None

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from shared.trainer_protocol import Failed
 from shared.training_spec import TrainerSpec
 from worker.lifecycle import die_with_parent
+from worker.training import cpus
 from worker.training.environment import SUPERVISED_BY, trainer_environment
 from worker.training.leash import Leash, read_spec
 from worker.training.loop import Run, prepare_work_dir
@@ -30,6 +31,7 @@ def main() -> int:
     # The supervisor tells Weights & Biases what is to be told. Found, trl imports it: a second for nothing.
     sys.modules["wandb"] = None  # type: ignore[assignment]
     place = take_place()
+    cpus.stay_near_gpu()
     is_peer = place is not None and place.rank > 0
     reporter = open_peer_reporter() if is_peer else open_reporter()
     stops = StopRequests(reporter)

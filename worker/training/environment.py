@@ -17,7 +17,11 @@ step: the difference between 290 and 360 tokens/s on two cores."""
 THREADS = {"GOMP_SPINCOUNT": "100000"}
 """Waiting threads spin for some microseconds and then sleep. Spinning without end keeps the thread that is waited for
 off its core when another process is busy (a step took five times as long); sleeping at once cost a sixth of the speed
-on an idle machine (199 against 238 tokens/s on two cores)."""
+on an idle machine (199 against 238 tokens/s on two cores).
+
+They are not bound to cores (OMP_PROC_BIND). The API, the broker and the database are on the same host, and a bound
+thread can't leave the core that one of them takes: all the others would wait for it at the end of each product, where
+the scheduler moves it within a moment. Binding wins where one job has the whole host; there the operator may set it."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",

@@ -252,8 +252,15 @@ class GraphStepper(step.Stepper):
 def warm_up(folder: Path) -> None:
     """Compile, or read from the compilers' caches, what a model of this folder's shape is computed with.
 
-    With few layers and few tokens in its vocabulary, for the memory is a running job's.
+    The GPU's memory is a running job's: nothing of it is held afterwards.
     """
+    _compute_a_little(folder)
+    gc.collect()  # weights and their hooks name each other
+    torch.cuda.empty_cache()
+
+
+def _compute_a_little(folder: Path) -> None:
+    """With few layers and few tokens in the vocabulary, to take little memory."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     targets = torch.zeros(WARM_UP_ROWS, dtype=torch.int32, device="cuda")
     # First and by itself: the compiler tunes it for the sizes it meets first.
@@ -270,7 +277,3 @@ def warm_up(folder: Path) -> None:
         for count in (1, 2, 2):  # with a shared beginning and without; as a graph
             stepper.step(rows[:count], 40, lambda: False)
         torch.cuda.synchronize()
-        del stepper
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from typing import Any
 
 from shared.trainer_protocol import PROTOCOL_FD, Done, Failed, Message, Stopped, parse
 from shared.training_spec import TrainerSpec
+from worker.training import cpus
 from worker.training.environment import GPUS_IN_SIGHT, SUPERVISED_BY, gpus_of
 from worker.training.failures import UnsupportedSetting
 from worker.training.reporter import Reporter
@@ -149,7 +150,7 @@ class Peers:
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         meeting = work / f"rendezvous-{os.getpid()}"
         meeting.unlink(missing_ok=True)  # what an earlier process of this number wrote
-        os.environ.setdefault(THREADS, str(max(len(os.sched_getaffinity(0)) // world, 1)))
+        os.environ.setdefault(THREADS, str(max(len(cpus.allowed()) // world, 1)))
         told = {"WORLD_SIZE": str(world), RENDEZVOUS: str(meeting)}
         for rank in range(1, world):
             self._start(rank, {**told, **({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {})})
