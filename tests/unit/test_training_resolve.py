@@ -1,10 +1,11 @@
 """Every `auto` becomes a number, the tutorial's where the client said nothing."""
 
+import math
 from typing import Any
 
 import pytest
 
-from shared.training_spec import Resolved, TrainerSpec
+from shared.training_spec import Resolved, TrainerSpec, TrainingSpec
 from worker.training.failures import UnsupportedSetting
 from worker.training.resolve import (
     FAST_ENOUGH_CPU,
@@ -180,12 +181,12 @@ def test_packed_rows_are_short_where_attention_costs_the_square() -> None:
     ("gib", "rows", "batch", "micro", "checkpointing"),
     [
         (140, 2048, 16, 16, False),
-        (24, 2048, 16, 8, False),
-        (24, 2048, 17, 1, False),  # 17 has no divisor but itself
-        (3.5, 2048, 16, 4, "unsloth"),
+        (24, 2048, 16, 11, False),
+        (24, 2048, 17, 11, False),
+        (3.5, 2048, 16, 5, "unsloth"),
     ],
 )
-def test_a_pass_holds_what_fits_and_divides_the_batch(
+def test_a_pass_holds_what_fits_whether_or_not_that_divides_the_batch(
     gib: float, rows: int, batch: int, micro: int, checkpointing: str | bool
 ) -> None:
     gpu = Hardware("a GPU", is_gpu=True, computes_bf16=True, memory_bytes=int(gib * 2**30))
@@ -194,7 +195,14 @@ def test_a_pass_holds_what_fits_and_divides_the_batch(
         spec, gpu, lengths=[rows] * 100, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
     )
     assert (found.micro_batch_size, found.gradient_checkpointing) == (micro, checkpointing)
-    assert found.micro_batch_size * found.gradient_accumulation_steps == batch
+    assert found.gradient_accumulation_steps == math.ceil(batch / micro)
+
+
+def test_a_batch_needs_no_divisor_that_fits() -> None:
+    assert TrainingSpec(batch_size=23).resolved_batch(14) == (23, 14, 2)
+    assert TrainingSpec(batch_size=23, gpus=2).resolved_batch(14) == (23, 12, 2)
+    assert TrainingSpec(batch_size=23).resolved_batch() == (23, 23, 1)
+    assert TrainingSpec(batch_size=12, gradient_accumulation_steps=4).resolved_batch(1) == (12, 3, 4), "the client's"
 
 
 def test_passes_on_cpu_are_no_longer_than_makes_them_fast() -> None:
