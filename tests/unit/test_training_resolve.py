@@ -1,6 +1,7 @@
 """Every `auto` becomes a number, the tutorial's where the client said nothing."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from worker.training.resolve import (
     longest_conversation,
     packed_row_length,
     resolve,
+    tokens_per_pass,
 )
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
@@ -181,9 +183,9 @@ def test_packed_rows_are_short_where_attention_costs_the_square() -> None:
     ("gib", "rows", "batch", "micro", "checkpointing"),
     [
         (140, 2048, 16, 16, False),
-        (24, 2048, 16, 11, False),
-        (24, 2048, 17, 11, False),
-        (3.5, 2048, 16, 5, "unsloth"),
+        (24, 2048, 16, 6, False),
+        (24, 2048, 17, 6, False),
+        (3.5, 2048, 16, 2, "unsloth"),
     ],
 )
 def test_a_pass_holds_what_fits_whether_or_not_that_divides_the_batch(
@@ -196,6 +198,18 @@ def test_a_pass_holds_what_fits_whether_or_not_that_divides_the_batch(
     )
     assert (found.micro_batch_size, found.gradient_checkpointing) == (micro, checkpointing)
     assert found.gradient_accumulation_steps == math.ceil(batch / micro)
+
+
+def test_two_passes_fit_a_gpu_at_once_for_a_graph_keeps_the_memory_of_one() -> None:
+    left = SMALL.token * ROW_TOKENS * 1000
+    memory = int(4.5 * SMALL.weights) + left
+    gpu = Hardware("any", is_gpu=True, computes_bf16=True, memory_bytes=memory)
+    taken = tokens_per_pass(gpu, SMALL, recompute=False, precision="bf16") * SMALL.token
+    assert 0.6 * left < 2 * taken < 0.75 * left
+    assert resolved({"batch_size": 1}, gpu).gradient_checkpointing is False
+    tight = replace(gpu, memory_bytes=memory - left + 2 * SMALL.token * ROW_TOKENS)
+    assert resolved({"batch_size": 1}, tight).gradient_checkpointing == "unsloth"
+    assert resolved({"batch_size": 1}, replace(tight, is_gpu=False)).gradient_checkpointing is False
 
 
 def test_a_batch_needs_no_divisor_that_fits() -> None:

@@ -12,8 +12,10 @@ CPU_PACKED_ROW_LENGTH = 512
 FAST_ENOUGH_CPU = 4096
 FAST_ENOUGH_GPU = 65_536
 """Tokens of a pass beyond which a longer one is no faster."""
-SHARE_FOR_ACTIVATIONS = 0.7
+SHARE_FOR_ACTIVATIONS_CPU = 0.7
 """Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
+SHARE_FOR_ACTIVATIONS_GPU = SHARE_FOR_ACTIVATIONS_CPU / 2
+"""CUDA graphs keep the memory of one pass in a pool of their own, and a pass of a new shape runs beside it."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
@@ -188,13 +190,14 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
 def tokens_per_pass(hardware: Hardware, needs: Needs, *, recompute: bool, precision: str) -> int:
     """Tokens that a forward and backward pass may hold: as many as make it fast, and no more than fit."""
     token_bytes = (needs.token_recomputed if recompute else needs.token) * (2 if precision == "fp32" else 1)
-    fitting = int(SHARE_FOR_ACTIVATIONS * _left(hardware, needs)) // token_bytes
+    fitting = int(_for_activations(hardware, needs)) // token_bytes
     return max(min(fitting, FAST_ENOUGH_GPU if hardware.is_gpu else FAST_ENOUGH_CPU), 1)
 
 
-def _left(hardware: Hardware, needs: Needs) -> int:
-    """Bytes for activations: what masters, gradients, two moments and the weights in 16 bits leave."""
-    return max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
+def _for_activations(hardware: Hardware, needs: Needs) -> float:
+    """Bytes that a pass may keep, of what masters, gradients, two moments and the weights in 16 bits leave."""
+    share = SHARE_FOR_ACTIVATIONS_GPU if hardware.is_gpu else SHARE_FOR_ACTIVATIONS_CPU
+    return share * max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
 
 
 def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
@@ -202,5 +205,5 @@ def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_
     asked = spec.training.gradient_checkpointing
     if asked != "auto":
         return asked
-    fits = longest_row * needs.token <= SHARE_FOR_ACTIVATIONS * _left(hardware, needs)
+    fits = longest_row * needs.token <= _for_activations(hardware, needs)
     return False if fits else "unsloth"
