@@ -47,6 +47,9 @@ class TrainingSpec(BaseModel):
     gradient_accumulation_steps: PositiveInt | None = None
     """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given. With
     `micro_batch_size: auto` the job shows how many passes make a step."""
+    tokens_per_pass: PositiveInt | Auto = "auto"  # noqa: S105 - no password
+    """Tokens per forward pass, at most; a longer conversation has a pass of its own. Changes speed and memory, not
+    gradients. `auto`: as many as are fast and fit, and as many as come where you choose the micro-batch."""
     gpus: Annotated[StrictInt, Field(ge=1, le=64)] = 1
     """GPUs of one host that share each step: its conversations are dealt out, gradients added up. Batch, losses and
     checkpoints are those of one GPU. Fails where the worker sees fewer; where it sees none, so many processes share
@@ -98,6 +101,11 @@ class TrainingSpec(BaseModel):
         if batch != "auto" and micro != "auto" and batch % micro:
             raise ValueError(f"batch_size={batch} can't be divided by micro_batch_size={micro}")
         return self
+
+    @property
+    def chooses_micro_batch(self) -> bool:
+        """Whether the client leaves it to us how many conversations a pass holds."""
+        return self.micro_batch_size == "auto" and self.gradient_accumulation_steps is None
 
     def resolved_batch(self, fitting: int = 2**31) -> tuple[int, int, int]:
         """(batch_size, micro_batch_size, gradient_accumulation_steps): the last two are at most so many conversations a

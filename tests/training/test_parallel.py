@@ -184,7 +184,7 @@ FAULTS = {
         "def full(self, *a, **k): raise MemoryError('no room')\n"
         "step.Stepper.step = full\n",
         "out_of_memory",
-        "training.micro_batch_size",
+        "training.tokens_per_pass",
     ),
     "weights differ": (
         "from worker.training import model\n"

@@ -80,9 +80,12 @@ def resolve(
     training = spec.training
     precision = _precision(spec, hardware)
     recompute = _checkpointing(spec, hardware, needs, max(lengths))
-    most_tokens = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    asked = training.tokens_per_pass
+    fitting = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    most_tokens = fitting if asked == "auto" else asked
     batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
-    chosen = training.micro_batch_size == "auto" and training.gradient_accumulation_steps is None
+    is_limit = training.chooses_micro_batch or asked != "auto"
+    largest = sum(sorted(lengths)[-micro:])  # so that half of the limit is less than any pass had
     steps_per_epoch = math.ceil(len(lengths) / batch)
     max_steps = _max_steps(spec, steps_per_epoch)
     multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
@@ -105,7 +108,7 @@ def resolve(
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
             "gpus": training.gpus,
-            "tokens_per_pass": most_tokens if chosen else None,
+            "tokens_per_pass": min(most_tokens, largest) if is_limit else None,
             "precision": precision,
             "master_weights": training.master_weights,
             "optimizer": training.optimizer if hardware.is_gpu else "adamw",
