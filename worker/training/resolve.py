@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.training_spec import BASE_LEARNING_RATE, TUTORIAL_MAX_STEPS, Resolved, TrainerSpec
+from worker.training.data_plan import Sizes
 from worker.training.failures import UnsupportedSetting
 
 CPU_PACKED_ROW_LENGTH = 512
@@ -64,6 +65,7 @@ def resolve(
     needs: Needs,
     has_validation: bool,
     chat_template: str,
+    begun_with: Sizes | None = None,
 ) -> Resolved:
     """What the run will really do.
 
@@ -73,15 +75,20 @@ def resolve(
         needs: of the base model.
         has_validation: a validation file was given.
         chat_template: the template's name as chosen, never `auto`.
+        begun_with: what `auto` was when a resumed run began, and stays on the same hardware.
 
     Raises:
         UnsupportedSetting: the hardware or the engine can't do what was asked for.
     """
     training = spec.training
     precision = _precision(spec, hardware)
-    recompute = _checkpointing(spec, hardware, needs, max(lengths))
+    begun = begun_with if begun_with is not None and begun_with.hardware == hardware.name else None
+    recompute: str | bool = training.gradient_checkpointing
+    if recompute == "auto":
+        recompute = begun.gradient_checkpointing if begun else _checkpointing(hardware, needs, max(lengths))
     asked = training.tokens_per_pass
-    fitting = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    kept = begun.tokens_per_pass if begun else None
+    fitting = kept or tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
     most_tokens = fitting if asked == "auto" else asked
     batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
     is_limit = training.chooses_micro_batch or asked != "auto"
@@ -127,6 +134,15 @@ def resolve(
             "on_oom": training.on_oom,
             "seed": spec.seed,
         }
+    )
+
+
+def sizes(resolved: Resolved, hardware: Hardware) -> Sizes:
+    """For `resolve` when the run is resumed."""
+    return Sizes(
+        hardware=hardware.name,
+        tokens_per_pass=(resolved.model_extra or {})["tokens_per_pass"],
+        gradient_checkpointing=resolved.gradient_checkpointing,
     )
 
 
@@ -203,10 +219,7 @@ def _for_activations(hardware: Hardware, needs: Needs) -> float:
     return share * max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
 
 
-def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
+def _checkpointing(hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
     """`auto`: only if the longest row would not fit otherwise."""
-    asked = spec.training.gradient_checkpointing
-    if asked != "auto":
-        return asked
     fits = longest_row * needs.token <= _for_activations(hardware, needs)
     return False if fits else "unsloth"
