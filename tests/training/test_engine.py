@@ -1,6 +1,7 @@
 """What the engine computes: exact packing, exact micro-batches, the same model in memory and on disk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,8 @@ def test_a_decoder_that_asks_for_more_is_not_plain() -> None:
         ("llama", {"mlp_bias": True}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
         ("mistral", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"]}),
+        ("qwen3", {"sliding_window": 16, "layer_types": ["sliding_attention"]}),
         ("gemma", {"head_dim": 16}),
     ):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **more), dtype=torch.float32)
@@ -235,6 +238,16 @@ def test_the_head_computes_pytorchs_cross_entropy(monkeypatch: pytest.MonkeyPatc
     assert correct == (logits.argmax(-1) == targets).sum()
     assert torch.allclose(hidden.grad, wanted[0], atol=1e-5)
     assert torch.allclose(weight.grad, wanted[1], atol=1e-5)
+
+
+def test_a_pass_without_anything_learned_has_gradients_of_zero(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    nothing = [replace(row, labels=[data.IGNORED] * len(row.labels)) for row in rows[:2]]
+    sums = Stepper(trainer.bare_model(), torch.float32, recompute=False, most=1).step(nothing, 1, lambda: False)
+    assert (sums.loss, sums.correct) == (0, 0)
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.bare_model().parameters())
 
 
 def test_recomputed_activations_change_no_gradient(
