@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import ROOT, trainer_command
+from worker.training.environment import MALLOC, THREADS
 
 RIVALS = ROOT / "benchmarks" / "rivals"
 WARM = "-warm"
@@ -103,6 +104,16 @@ def rival(script: str, *options: str, python: Callable[[], str] = lambda: sys.ex
     return launch
 
 
+def _tuned(launch: Any) -> Any:
+    """The same under what Anneal's trainer is born with for malloc and threads."""
+
+    def launch_tuned(work: Work, caches: Path, saved: Path) -> Launch:
+        settings = [f"{name}={value}" for name, value in {**MALLOC, **THREADS}.items()]
+        return Launch(["env", *settings, *launch(work, caches, saved).command])
+
+    return launch_tuned
+
+
 def _unpacked(script: str, *options: str) -> Any:
     """Beside packed rows on CPU, where Unsloth packs nothing: as many conversations as fill about as many tokens."""
     launch = rival(script, *options)
@@ -137,8 +148,11 @@ CONTENDERS: dict[str, Contender] = {
     "anneal-standby": Contender(_standby),
     "unsloth": Contender(rival("unsloth_script.py"), packed=False),
     "unsloth-fp32": Contender(rival("unsloth_script.py", "--master", "fp32"), packed=False),
+    "unsloth-tuned": Contender(_tuned(rival("unsloth_script.py")), packed=False, gpu=False),
+    "unsloth-fp32-tuned": Contender(_tuned(rival("unsloth_script.py", "--master", "fp32")), packed=False, gpu=False),
     "trl": Contender(rival("trl_script.py"), packed=False),
     "trl-under-unsloth": Contender(rival("trl_script.py", "--under-unsloth"), packed=False, gpu=False),
+    "trl-kept-under-unsloth": Contender(rival("trl_script.py", "--under-unsloth", "--keep"), packed=False, gpu=False),
     "trl-use-cpu": Contender(rival("trl_script.py", "--use-cpu"), packed=False, gpu=False),
     "llama-factory": Contender(
         rival("llama_factory.py", python=_llama_factory_python), packed=False, missing=_llama_factory_missing
@@ -157,7 +171,8 @@ CONTENDERS: dict[str, Contender] = {
     "compiled-causal": Contender(rival("compiled.py", "--attention", "causal"), packed=True, gpu=True),
 }
 DEFAULTS = {
-    ("tutorial", False): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,trl,trl-under-unsloth,llama-factory",
+    ("tutorial", False): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,unsloth-fp32-tuned,trl,"
+    "trl-under-unsloth,llama-factory",
     ("tutorial", True): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,trl",
     ("packed", False): "anneal,unsloth-unpacked",
     ("packed", True): "anneal,anneal-adamw,unsloth-packed,unsloth-packed-adamw,unsloth-packed-kept,"

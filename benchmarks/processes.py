@@ -5,6 +5,7 @@ outside, by the same rule for everyone. Needs Python and nothing else.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -39,6 +40,8 @@ class Said:
     status: int | str = "unknown"
     wall_s: float = 0.0
     resident_peak_bytes: int = 0
+    card_peak_bytes: int = 0
+    """Used on the whole of its GPU (the first of several), whoever by. 0 without one, or if its driver won't say."""
     stderr: str = ""
 
     def of(self, *kinds: str) -> list[dict[str, Any]]:
@@ -94,7 +97,8 @@ def run(
         )
         late, ended = threading.Event(), threading.Event()
         timer = threading.Timer(timeout_s, lambda: (late.set(), _kill(child)))
-        watcher = threading.Thread(target=_look, args=(child.pid, said, ended), daemon=True)
+        card = Card(variables["CUDA_VISIBLE_DEVICES"]) if on_gpu else None
+        watcher = threading.Thread(target=_look, args=(child.pid, said, ended, card), daemon=True)
         timer.start()
         watcher.start()
         try:
@@ -187,9 +191,41 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return message if isinstance(message, dict) and "type" in message else None
 
 
-def _look(pid: int, said: Said, ended: threading.Event) -> None:
-    """The peak of the resident set, which the kernel keeps itself, as long as it can be read."""
+class Card:
+    """A GPU as its driver sees it from outside. Asked directly: no lock of ours has a package for it.
+
+    Args:
+        in_sight: `CUDA_VISIBLE_DEVICES`; the first one is looked at.
+    """
+
+    def __init__(self, in_sight: str) -> None:
+        self._handle = ctypes.c_void_p()
+        self._driver: Any = None
+        name = in_sight.split(",")[0].strip()
+        with contextlib.suppress(OSError, AttributeError):
+            driver = ctypes.CDLL("libnvidia-ml.so.1")
+            handle = ctypes.byref(self._handle)
+            if driver.nvmlInit_v2():
+                return
+            if name.isdigit():
+                failed = driver.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(name)), handle)
+            else:
+                failed = driver.nvmlDeviceGetHandleByUUID(name.encode(), handle)
+            self._driver = None if failed else driver
+
+    def used_bytes(self) -> int:
+        """0 if the driver won't say."""
+        total_free_used = (ctypes.c_ulonglong * 3)()
+        if self._driver is None or self._driver.nvmlDeviceGetMemoryInfo(self._handle, ctypes.byref(total_free_used)):
+            return 0
+        return total_free_used[2]
+
+
+def _look(pid: int, said: Said, ended: threading.Event, card: Card | None) -> None:
+    """The peak of the resident set, which the kernel keeps itself, as long as it can be read; and the card's."""
     while not ended.wait(LOOK_EVERY_S):
+        if card is not None:
+            said.card_peak_bytes = max(said.card_peak_bytes, card.used_bytes())
         with contextlib.suppress(OSError, ValueError, IndexError):
             status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
             peak = int(status.split("VmHWM:", 1)[1].split()[0]) * 1024

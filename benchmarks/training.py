@@ -15,7 +15,10 @@ Same data, model, batch, steps, seed, rate and schedule; the loss is taken over 
     anneal-warm     the same with the caches of the run before; any contender may be followed by -warm
     anneal-standby  a trainer that has everything imported and then gets its job; its clock starts there
     unsloth         Unsloth's tutorial script: bf16 weights, its default on GPU; unsloth-fp32: 32-bit master weights
-    trl             TRL's SFTTrainer with its defaults; trl-under-unsloth: the same after `import unsloth`
+    unsloth-tuned   the same under the malloc and thread settings that Anneal's trainer is born with (CPU), so that what
+                    is left is not theirs; so is unsloth-fp32-tuned
+    trl             TRL's SFTTrainer with its defaults; trl-under-unsloth: the same after `import unsloth`;
+                    trl-kept-under-unsloth: that without gradient checkpointing (CPU)
     llama-factory   in an environment of its own (make setup-llama-factory)
     compiled        a plain PyTorch loop, the whole model compiled, rows of one length (--workload packed, GPU)
 
@@ -104,10 +107,8 @@ class Bench:
         found = training_result.summaries(self._runs)
         device = report.device(self._runs) or "no device"
         text = [f"\nmedian (least to most) of {self._args.workload}, {device}", training_result.table(found)]
-        for pair, gap in training_result.loss_differences(self._runs).items():
-            same = "the same tokens" if gap["same_tokens"] else "other tokens"
-            text.append(f"{pair}: first 5 losses at most {gap['first_5_max']:.2g} apart, {same} in every step")
-        return "\n".join(text)
+        differences = training_result.loss_differences(self._runs)
+        return "\n".join([*text, *(training_result.difference(pair, gap) for pair, gap in differences.items())])
 
     def _one(self, name: str, number: int, work: Work) -> None:
         _, warm = find(name)

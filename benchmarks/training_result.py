@@ -2,7 +2,11 @@
 
 One rule for everyone. Tokens are those of conversations, padding left out. The steady rate leaves out the first 20
 steps, or half of a short run: kernels are compiled and tuned in them. Both rates are over the wall clock from the first
-step on, whatever happens between steps. "Saved" is when the tuned model was on disk, seconds from the launch.
+step on, whatever happens between steps. "Saved" is when the tuned model was on disk, seconds from the launch. A run
+with a step that had a loss and no gradient trained something else than it was asked to, and failed.
+
+"Peak" is what the process itself says of its GPU memory, or its resident set on CPU; "card" what the driver says that
+was used on the whole GPU, libraries' own memory included.
 """
 
 import statistics
@@ -15,7 +19,7 @@ STEADY_AFTER = 20
 FIRST_LOSSES = 5
 NUMBERS = (
     *("steady_tokens_per_second", "tokens_per_second", "steady_ms_per_step", "first_step_s", "saved_s"),
-    *("peak_memory_bytes", "first_loss", "final_loss"),
+    *("peak_memory_bytes", "card_peak_bytes", "first_loss", "final_loss"),
 )
 
 
@@ -43,12 +47,13 @@ def result(said: Said, *, on_gpu: bool) -> dict[str, Any]:
     is_done = said.status == 0 and bool(saved)
     return {
         "status": said.status,
-        "failure": said.failure,
+        "failure": said.failure or without_gradient(steps),
         "wall_s": round(said.wall_s, 2),
         "first_step_s": round(metrics[0]["at_s"], 2) if metrics else None,
         "saved_s": round(saved[-1]["at_s"], 2) if is_done else None,
         **rates(steps),
         "peak_memory_bytes": max(peaks, default=None) if steps else None,
+        "card_peak_bytes": said.card_peak_bytes or None,
         "first_loss": steps[0]["loss"] if steps else None,
         "final_loss": steps[-1]["loss"] if steps else None,
         "evaluations": [{"step": e["step"], "loss": e["eval_loss"]} for e in said.of("evaluation")],
@@ -57,6 +62,15 @@ def result(said: Said, *, on_gpu: bool) -> dict[str, Any]:
         "settings": started.get("resolved"),
         "steps": steps,
     }
+
+
+def without_gradient(steps: list[dict[str, Any]]) -> str | None:
+    """Which step had a loss and no gradient; None if all had one."""
+    for step in steps:
+        if step["loss"] > 0 and not step["grad_norm"]:
+            what = "no gradient norm" if step["grad_norm"] is None else "gradient norm 0"
+            return f"{what} at step {step['step']}"
+    return None
 
 
 def rates(steps: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -81,7 +95,7 @@ def summaries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         found[name] = {
             "runs": len(whole),
             "failures": [run["failure"] for run in counted if run["failure"] is not None],
-            **{number: spread(run[number] for run in whole) for number in NUMBERS},
+            **{number: spread(run.get(number) for run in whole) for number in NUMBERS},
         }
     return found
 
@@ -104,15 +118,26 @@ def loss_differences(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for index, one in enumerate(names):
         for other in names[index + 1 :]:
             pairs = list(zip(firsts[one]["steps"], firsts[other]["steps"], strict=False))
-            gaps = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+            signed = [a["loss"] - b["loss"] for a, b in pairs]
+            gaps = [abs(gap) for gap in signed]
             found[f"{one} - {other}"] = {
                 "first": round(gaps[0], 6),
                 "first_5_max": round(max(gaps[:FIRST_LOSSES]), 6),
                 "max": round(max(gaps), 6),
+                "mean_signed": round(statistics.fmean(signed), 6),
                 "steps_compared": len(gaps),
                 "same_tokens": all(a["tokens"] == b["tokens"] for a, b in pairs),
             }
     return found
+
+
+def difference(pair: str, gap: dict[str, Any]) -> str:
+    """One of `loss_differences` in a line."""
+    text = f"{pair}: first {FIRST_LOSSES} losses at most {gap['first_5_max']:.2g} apart"
+    if not gap["same_tokens"]:
+        return f"{text}, other tokens in some step"
+    rest = f"all {gap['steps_compared']} at most {gap['max']:.2g} and on average {gap['mean_signed']:+.2g}"
+    return f"{text}, {rest}, the same tokens in every step"
 
 
 def line(run: dict[str, Any]) -> str:
@@ -133,7 +158,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Medians, with the least and the most of the rates and of the time to the saved model."""
     heads = ("contender", "runs", "steady tokens/s", "tokens/s", "saved after s", "first step s", "peak GiB", "loss")
     rows = [heads, *(_cells(name, one) for name, one in found.items() if one["runs"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    if any(one["card_peak_bytes"] for one in found.values()):
+        cards = [gib(_median(one["card_peak_bytes"])) for one in found.values() if one["runs"]]
+        rows = [(*row[:-1], card, row[-1]) for row, card in zip(rows, ["card GiB", *cards], strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for name, one in found.items():
         lines += [f"{name}: failed, {_first_line(failure)}" for failure in dict.fromkeys(one["failures"])]

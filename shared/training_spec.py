@@ -42,9 +42,14 @@ class TrainingSpec(BaseModel):
     batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] | Auto = "auto"
     """Conversations per optimizer step (rows, with `packing: rows`). `auto`: 8."""
     micro_batch_size: PositiveInt | Auto = "auto"
-    """Conversations per forward pass; changes speed and memory, not gradients. `auto`: as many as are fast and fit."""
+    """Conversations per forward pass, at most; changes speed and memory, not gradients. `auto`: as many as are fast and
+    fit, and the last pass of a step takes what is left."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given."""
+    """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given. With
+    `micro_batch_size: auto` the job shows how many passes make a step."""
+    tokens_per_pass: PositiveInt | Auto = "auto"  # noqa: S105 - no password
+    """Tokens per forward pass, at most; a longer conversation has a pass of its own. Changes speed and memory, not
+    gradients. `auto`: as many as are fast and fit, and as many as come where you choose the micro-batch."""
     gpus: Annotated[StrictInt, Field(ge=1, le=64)] = 1
     """GPUs of one host that share each step: its conversations are dealt out, gradients added up. Batch, losses and
     checkpoints are those of one GPU. Fails where the worker sees fewer; where it sees none, so many processes share
@@ -97,8 +102,14 @@ class TrainingSpec(BaseModel):
             raise ValueError(f"batch_size={batch} can't be divided by micro_batch_size={micro}")
         return self
 
+    @property
+    def chooses_micro_batch(self) -> bool:
+        """Whether the client leaves it to us how many conversations a pass holds."""
+        return self.micro_batch_size == "auto" and self.gradient_accumulation_steps is None
+
     def resolved_batch(self, fitting: int = 2**31) -> tuple[int, int, int]:
-        """(batch_size, micro_batch_size, gradient_accumulation_steps), the product of the last two being the first.
+        """(batch_size, micro_batch_size, gradient_accumulation_steps): the last two are at most so many conversations a
+        pass, and how many passes hold the batch.
 
         Args:
             fitting: conversations an `auto` micro-batch may hold at most.
@@ -111,9 +122,8 @@ class TrainingSpec(BaseModel):
                 batch = accumulation * (2 if micro == "auto" else micro)
         if micro == "auto":
             most = min(-(-batch // self.gpus), max(fitting, 1))  # more than its share no GPU gets
-            whole = next(size for size in range(most, 0, -1) if batch % size == 0)
-            micro = batch // accumulation if accumulation is not None else whole
-        return batch, micro, batch // micro
+            micro = batch // accumulation if accumulation is not None else most
+        return batch, micro, -(-batch // micro)
 
 
 class TrainerSpec(BaseModel):

@@ -122,6 +122,7 @@ class Standby:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._trainer: StandbyTrainer | None = None
+        self._tried_beside_job = False
 
     def start(self) -> None:
         """Have one that lives. A failure is no job's: it is logged."""
@@ -140,7 +141,10 @@ class Standby:
 
     def stepping(self, device: str) -> None:
         """The running job has made a step: on a GPU the next trainer starts now, its imports being the CPU's work."""
-        if self._trainer is None and device != "cpu" and len(os.sched_getaffinity(0)) >= FEW_CORES:
+        if self._tried_beside_job or device == "cpu" or len(os.sched_getaffinity(0)) < FEW_CORES:
+            return
+        self._tried_beside_job = True  # once, for this is called at each step and what failed would fail again
+        if self._trainer is None:
             self.start()
 
     def take(
@@ -148,6 +152,7 @@ class Standby:
     ) -> TrainerProcess | None:
         """The job's trainer, or None if a fresh one must be started. As `StandbyTrainer.hand_over`."""
         trainer, self._trainer = self._trainer, None
+        self._tried_beside_job = False
         if trainer is not None and trainer.hand_over(spec, log_path, lock, claim_lost):
             return trainer
         return None
@@ -178,10 +183,17 @@ class _Folder:
     """A standby's scratch folder, locked by it for as long as it lives."""
 
     def __init__(self, settings: Settings) -> None:
-        self.path = run_folder.standbys(settings) / uuid.uuid4().hex[:12]
-        self.path.mkdir(mode=0o700, parents=True)
-        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        while True:
+            self.path = run_folder.standbys(settings) / uuid.uuid4().hex[:12]
+            self.path.mkdir(mode=0o700, parents=True)
+            try:
+                self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # not locked yet, it looked left behind to another worker
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+            if self.path.exists():
+                return
+            os.close(self.descriptor)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

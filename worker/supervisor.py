@@ -105,12 +105,13 @@ class _Run:
         self._job = job
         self._settings = settings
         self._command = trainer_command
-        self._standby = standby
         self._device: str | None = None
         """What the trainer trains on, once it has said so."""
         with reading() as session:
             self._base_model = model_registry.root_base(session, job)
         self._training = TrainingSpec.model_validate({**job.training, **(job.adapted or {})})
+        # Neither used for a job of several processes, its threads being as many as cores, nor started beside one.
+        self._standby = standby if self._training.gpus == 1 else None
         self._recorder = Recorder(job, self._base_model, self._training.keep_checkpoints, settings)
         self._folder = RunFolder(settings, job.id, job.fence)
         self._wandb = WandbFeed(job, self._folder.job)
@@ -160,8 +161,7 @@ class _Run:
     def _start(self, spec: TrainerSpec, lock: HostLock, lease: LeaseKeeper) -> TrainerProcess:
         """The trainer that waits for a job, or a fresh one."""
         log_path = self._folder.trainer_log
-        standby = self._standby if self._training.gpus == 1 else None  # its threads are as many as there are cores
-        if standby is not None and (ready := standby.take(spec, log_path, lock, lease.lost)):
+        if self._standby is not None and (ready := self._standby.take(spec, log_path, lock, lease.lost)):
             return ready
         return TrainerProcess(spec, log_path, lock, lease.lost, self._command)
 

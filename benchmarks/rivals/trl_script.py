@@ -9,7 +9,7 @@ be. What is set is what makes the work the same: batch, steps, rate and schedule
 and the loss from whole logits by PyTorch, where TRL has a kernel of its own.
 
 On CPU its defaults are refused ("Your setup doesn't support bf16/gpu"). `--use-cpu` says what the message asks for;
-`--under-unsloth` imports unsloth first and changes nothing else.
+`--under-unsloth` imports unsloth first and changes nothing else. `--keep` switches gradient checkpointing off.
 """
 
 import sys
@@ -60,7 +60,8 @@ def work(voice: recorder.Voice) -> None:
             report_to="none",
             use_cpu=args.use_cpu,
             model_init_kwargs=None if weights == "auto" else {"dtype": weights},
-            **({"bf16": False, "tf32": False, "gradient_checkpointing": False} if args.pure else {}),
+            **({"gradient_checkpointing": False} if args.keep or args.pure else {}),
+            **({"bf16": False, "tf32": False} if args.pure else {}),
         ),
     )
     recorder.watch(trainer, voice, {"under_unsloth": args.under_unsloth})
@@ -95,6 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("--use-cpu", action="store_true")
     parser.add_argument("--pure", action="store_true")
     parser.add_argument("--valid", type=Path, help="held-out rows: their loss after training is told too")
+    parser.add_argument("--keep", action="store_true", help="keep activations: no gradient checkpointing")
     parser.add_argument("--weights", choices=("bfloat16", "float32", "auto"), default="bfloat16")
     args = parser.parse_args()
     sys.exit(recorder.Voice().run(work))

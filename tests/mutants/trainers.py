@@ -130,6 +130,25 @@ TRAINER = (
         pytest("tests/training/test_engine.py::test_a_loss_that_is_not_finite_ends_the_run_as_diverged"),
     ),
     guard(
+        "a resumed run keeps its passes",
+        "worker/training/loop.py",
+        "            begun_with=plan.sizes,\n",
+        "",
+        pytest(
+            "tests/training/test_exact_resume.py::test_a_run_that_is_resumed_with_less_memory_free_is_exact",
+            limit_s=120,
+        ),
+    ),
+    guard(
+        "a rung of tokens halves them",
+        "worker/training/resolve.py",
+        "min(most_tokens, largest)",
+        "most_tokens",
+        pytest(
+            "tests/unit/test_training_ladder.py::test_where_we_chose_the_passes_each_rung_halves_their_tokens",
+        ),
+    ),
+    guard(
         "a rung keeps the batch",
         "worker/training/ladder.py",
         '{**kept, "micro_batch_size": smaller, "gradient_accumulation_steps": batch // smaller}',

@@ -17,7 +17,7 @@ from shared.training_spec import TrainerSpec
 from tests.training import exact_resume as exact
 from tests.training.exact_resume import CASES, Case, Job, Parts
 from tests.training.trainers import run_here, run_process
-from worker.training import data, data_plan
+from worker.training import data, data_plan, memory
 from worker.training.stopping import StopRequests
 
 pytestmark = pytest.mark.slow
@@ -115,6 +115,19 @@ def test_a_later_version_that_orders_differently_ends_the_epoch_as_it_was_begun(
         step: wanted[step] for step in range(1, ends + 1)
     }
     assert job.metrics[ends + 1] != wanted[ends + 1], "from the next epoch on it is the later version's own"
+
+
+def test_a_run_that_is_resumed_with_less_memory_free_is_exact(
+    parts: Parts, reference: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun now, it would have passes of one conversation, with gradient checkpointing."""
+    expected = reference(FP32)  # before there is less
+    job = Job(parts, FP32.training(), tmp_path)
+    job.attempt(functools.partial(run_here, last_word=exact.at_metrics(5)))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    assert job.attempt(run_here).status == 0
+    assert job.first_steps == [1, 5]
+    assert job.result() == expected
 
 
 def test_a_resumed_attempt_says_nothing_a_second_time(parts: Parts, tmp_path: Path) -> None:

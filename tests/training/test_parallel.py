@@ -1,5 +1,6 @@
 """Several processes train as one: the same numbers, the same checkpoints, one end for all. On CPU."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.trainer_protocol import parse
 from shared.training_spec import TrainerSpec, TrainingSpec
 from tests.training.conftest import MakeSpec
 from tests.training.test_engine import Owner, build
@@ -137,8 +139,6 @@ def test_torchruns_processes_go_on_from_a_checkpoint_of_one(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    from shared.trainer_protocol import parse
-
     outcome = Outcome([parse(line) for line in done.stdout.splitlines()], 0, done.stderr)
     assert outcome.last.type == "done"
     assert_same(outcome.of("metrics"), alone.of("metrics")[6:])
@@ -183,7 +183,7 @@ FAULTS = {
         "def full(self, *a, **k): raise MemoryError('no room')\n"
         "step.Stepper.step = full\n",
         "out_of_memory",
-        "training.micro_batch_size",
+        "training.tokens_per_pass",
     ),
     "weights differ": (
         "from worker.training import model\n"
@@ -340,6 +340,29 @@ def test_shares_gradients_add_up_to_the_steps(
         found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()} | {"loss": loss})
     for name, whole in found[0].items():
         assert torch.allclose(whole, found[1][name] + found[2][name], atol=1e-5), name
+
+
+def test_a_peer_that_says_no_message_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would: who does not understand one peer watches none any more."""
+
+    class Peer:
+        def wait(self) -> int:
+            return 0
+
+    (reader, writer), (told, telling) = os.pipe(), os.pipe()
+    peers, ended = Peers(Reporter(telling)), []
+    monkeypatch.setattr(peers, "_end", lambda why, status: ended.append((why, status)))
+    peers._processes[1], peers._pipes[1] = Peer(), reader  # type: ignore[assignment]
+    os.write(writer, b"Segmentation fault\n")
+    os.close(writer)
+    peers._watch()
+    failed = parse(os.read(told, 2**16))
+    assert (failed.type, failed.code) == ("error", "trainer_error")
+    assert "rank 1 said what is no message" in failed.message
+    assert "Segmentation fault" in failed.message
+    assert [status for _, status in ended] == [1]
+    for descriptor in (reader, told, telling):
+        os.close(descriptor)
 
 
 def test_a_last_word_that_nobody_reads_ends_the_run_too() -> None:

@@ -1,5 +1,7 @@
 """A trainer started ahead: whom it takes a job from, that it trains the same, what becomes of it when it can't."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from shared.checkpoint_files import sha256_of
 from shared.db import transaction
 from shared.schemas import JobCreate
 from shared.settings import Settings
-from shared.trainer_protocol import parse
+from shared.trainer_protocol import Metrics, parse
 from shared.training_spec import TrainerSpec
 from tests.conftest import jsonl
 from tests.rows import stored_file
@@ -211,6 +214,47 @@ def test_beside_a_running_job_it_is_started_only_where_the_job_does_not_need_the
     assert len(begun) == started, "once a job, even if it dies"
 
 
+def test_one_that_can_not_be_started_beside_a_job_is_tried_once_a_job(
+    ours: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Settings] = []
+
+    def full(settings: Settings) -> StandbyTrainer:
+        tried.append(settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(standby, "StandbyTrainer", full)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    kept = Standby(ours)
+    for job in (1, 2):
+        with HostLock.acquire(tmp_path / "lock") as lock:
+            assert take(kept, ours, tmp_path, lock) is None
+        for _ in range(3):
+            kept.stepping("NVIDIA H100")
+        assert len(tried) == job
+
+
+@pytest.mark.parametrize("step", ["open", "flock"])
+def test_a_folder_that_another_worker_clears_before_it_is_locked_is_made_anew(
+    step: str, ours: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = {"open": os, "flock": fcntl}[step]
+    as_it_was, cleared = getattr(module, step), []
+
+    def clear_first(target: Any, how: int, *rest: Any, **named: Any) -> Any:
+        if not cleared and not (step == "open" and not str(target).startswith(str(run_folder.standbys(ours)))):
+            cleared.append(target)
+            clear_folders(ours)
+        return as_it_was(target, how, *rest, **named)
+
+    monkeypatch.setattr(module, step, clear_first)
+    folder = standby._Folder(ours)
+    assert cleared
+    clear_folders(ours)
+    assert list(run_folder.standbys(ours).iterdir()) == [folder.path], "it is locked"
+    folder.remove()
+
+
 @pytest.fixture(scope="module")
 def base_settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Settings:
     """Of a worker whose usual base is the tiny one."""
@@ -352,6 +396,50 @@ def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(
     assert not is_used(base, {**usual, "gradient_checkpointing": "unsloth"})
     assert not is_used(tiny_base, usual)
     assert not is_used(base, usual, (base / "model.safetensors").touch)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_job_on_several_gpus_neither_takes_a_standby_nor_has_one_started_beside_it(
+    gpus: int, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Kept(Standby):
+        def stepping(self, device: str) -> None:
+            asked.append("start")
+
+        def take(self, *_: Any) -> None:
+            asked.append("take")
+
+    monkeypatch.setattr(supervisor, "TrainerProcess", lambda *_: None)
+    file_id = stored_file(settings, jsonl(alpaca_rows(8)), filename="rows.jsonl")
+    with transaction() as session:
+        body = {"model": settings.base_models[0], "training_file": file_id, "training": {"gpus": gpus}}
+        job_creation.submit(session, "default", JobCreate.model_validate(body))
+    run = supervisor._Run(claim(settings), settings, None, Kept(settings))
+    lease: Any = SimpleNamespace(lost=threading.Event())
+    run._start(spec_of(settings.data), None, lease)  # type: ignore[arg-type]
+    run._device = "NVIDIA H100"
+    run._take([METRICS.model_dump_json().encode()])
+    run.clean_up()
+    assert asked == (["take", "start"] if gpus == 1 else [])
+
+
+METRICS = Metrics(
+    step=1,
+    total_steps=2,
+    epoch=0.5,
+    loss=1.0,
+    learning_rate=1e-4,
+    grad_norm=1.0,
+    tokens=1,
+    tokens_per_second=1,
+    samples_per_second=1,
+    peak_memory_bytes=1,
+    elapsed_s=1,
+    remaining_s=1,
+)
 
 
 @pytest.mark.slow

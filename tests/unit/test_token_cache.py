@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from shared import training_data
 from shared.training_spec import TrainerSpec
-from worker.training import token_cache
+from worker import tokenizers
+from worker.training import data, model, templates, token_cache
 from worker.training.data import IGNORED, Example, Examples
 from worker.training.templates import Template
 
@@ -77,6 +79,17 @@ def test_whatever_rows_follow_from_is_in_the_name(spec: TrainerSpec, monkeypatch
     monkeypatch.setattr(token_cache, "_code", lambda: ["another version"])
     load(spec, loader)
     assert loader.asked == len(entries(spec)) == 9
+
+
+@pytest.mark.parametrize(
+    "module", [data, templates, training_data, tokenizers, model], ids=lambda module: module.__name__
+)
+def test_rows_of_other_code_are_not_taken(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All that a row goes through, from the file's bytes and the tokenizer's files on."""
+    before = token_cache._code.__wrapped__()
+    (tmp_path / "changed.py").write_text("# otherwise")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    assert token_cache._code.__wrapped__() != before
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "emptied", "of another kind"])

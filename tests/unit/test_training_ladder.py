@@ -1,11 +1,15 @@
 """What is given up when memory runs out: the order, what never changes, and the words for it. No torch."""
 
 import errno
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from shared.training_spec import TrainerSpec, TrainingSpec
+from worker.training import passes
+from worker.training.data import Example
 from worker.training.failures import describe, is_out_of_memory
 from worker.training.ladder import SHORTEST_SEQUENCE, next_rung
 from worker.training.resolve import Hardware, Needs, resolve
@@ -14,7 +18,7 @@ CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
 GPU = Hardware("NVIDIA H200", is_gpu=True, computes_bf16=True)
 
 
-def resolved(training: TrainingSpec, hardware: Hardware = CPU) -> dict[str, Any]:
+def resolved(training: TrainingSpec, hardware: Hardware = CPU, lengths: Sequence[int] = (1,) * 100) -> dict[str, Any]:
     paths = dict.fromkeys(("base_model_dir", "training_file", "checkpoint_dir", "work_dir"), "/nowhere")
     spec = TrainerSpec.model_validate({"job_id": "ftjob-1", "base_model": "test/tiny", **paths, "training": training})
     longest = training.max_seq_length
@@ -22,7 +26,7 @@ def resolved(training: TrainingSpec, hardware: Hardware = CPU) -> dict[str, Any]
     return resolve(
         spec,
         hardware,
-        lengths=[1] * 100,
+        lengths=lengths,
         longest=longest,
         needs=needs,
         has_validation=False,
@@ -30,13 +34,22 @@ def resolved(training: TrainingSpec, hardware: Hardware = CPU) -> dict[str, Any]
     ).shown()
 
 
-def descend(asked: dict[str, Any], hardware: Hardware = CPU) -> list[dict[str, Any]]:
+def largest_pass(run: dict[str, Any], lengths: Sequence[int]) -> int:
+    """Tokens of the largest pass that a step of the longest rows is cut into."""
+    rows = [Example([1] * length, [1] * length, (length,)) for length in sorted(lengths)[-run["batch_size"] :]]
+    chunks = passes.chunks(rows, run["micro_batch_size"], run["tokens_per_pass"])
+    return max(sum(len(row.ids) for row in chunk) for chunk in chunks)
+
+
+def descend(
+    asked: dict[str, Any], hardware: Hardware = CPU, lengths: Sequence[int] = (1,) * 100
+) -> list[dict[str, Any]]:
     """Every run down the ladder, as a supervisor makes them: resolved choices, the first one included."""
-    runs = [resolved(TrainingSpec(**asked), hardware)]
+    runs = [resolved(TrainingSpec(**asked), hardware, lengths)]
     adapted: dict[str, Any] = {}
     while rung := next_rung(TrainingSpec(**{**asked, **adapted}), runs[-1]):
         adapted = rung.overrides
-        runs.append(resolved(TrainingSpec(**{**asked, **adapted}), hardware))
+        runs.append(resolved(TrainingSpec(**{**asked, **adapted}), hardware, lengths))
         assert len(runs) < 30, "the ladder must end"
     return runs
 
@@ -48,7 +61,6 @@ def steps(runs: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("asked", "micros"),
     [
-        ({}, [8, 4, 2, 1]),
         ({"batch_size": 16, "micro_batch_size": 16}, [16, 8, 4, 2, 1]),
         ({"batch_size": 12, "micro_batch_size": 12}, [12, 6, 3, 1]),
         ({"batch_size": 15, "micro_batch_size": 15}, [15, 5, 1]),
@@ -64,6 +76,32 @@ def test_micro_batches_shrink_first_and_the_batch_never_changes(asked: dict[str,
     assert all(run["micro_batch_size"] * run["gradient_accumulation_steps"] == run["batch_size"] for run in runs)
     assert {run["batch_size"] for run in runs} == {batch}
     assert steps(runs[len(micros) :], "micro_batch_size", "gradient_checkpointing") == [(1, "unsloth")]
+
+
+@pytest.mark.parametrize("asked", [{}, {"batch_size": 23}, {"gpus": 3}, {"tokens_per_pass": 900}])
+def test_where_we_chose_the_passes_each_rung_halves_their_tokens(asked: dict[str, Any]) -> None:
+    lengths = [20] * 90 + [400] * 10
+    runs = descend(asked, lengths=lengths)
+    largest = [largest_pass(run, lengths) for run in runs]
+    *halved, last, checkpointed = runs
+    assert len(halved) >= 2
+    assert all(run["tokens_per_pass"] <= before["tokens_per_pass"] // 2 for before, run in pairwise([*halved, last]))
+    # A conversation longer than the limit has a pass of its own and stays the largest one.
+    assert all(after < before or after == 400 for before, after in pairwise(largest[:-1]))
+    assert (last["micro_batch_size"], last["gradient_checkpointing"]) == (1, False)
+    assert (checkpointed["micro_batch_size"], checkpointed["gradient_checkpointing"]) == (1, "unsloth")
+    assert len({run["batch_size"] for run in runs}) == 1
+
+
+def test_a_rung_of_tokens_says_so() -> None:
+    rung = next_rung(TrainingSpec(), resolved(TrainingSpec(), lengths=[100] * 10))
+    assert rung is not None
+    assert rung.overrides == {"batch_size": 8, "tokens_per_pass": 400, "gradient_checkpointing": "auto"}
+    assert "tokens_per_pass 400 instead of 800. The batch stays 8, so gradients are the same" in rung.message
+    assert (rung.param, rung.advice[:46]) == (
+        "training.tokens_per_pass",
+        "set training.tokens_per_pass to 400 (it was 80",
+    )
 
 
 def test_what_is_checkpointed_already_is_not_checkpointed_again() -> None:

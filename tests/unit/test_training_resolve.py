@@ -1,10 +1,14 @@
 """Every `auto` becomes a number, the tutorial's where the client said nothing."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.training_spec import Resolved, TrainerSpec
+from shared.training_spec import Resolved, TrainerSpec, TrainingSpec
+from worker.training import data_plan
 from worker.training.failures import UnsupportedSetting
 from worker.training.resolve import (
     FAST_ENOUGH_CPU,
@@ -14,6 +18,8 @@ from worker.training.resolve import (
     longest_conversation,
     packed_row_length,
     resolve,
+    sizes,
+    tokens_per_pass,
 )
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=True)
@@ -33,7 +39,11 @@ def make_spec(training: dict[str, Any] | None = None, **fields: Any) -> TrainerS
 
 
 def resolved(
-    training: dict[str, Any] | None = None, hardware: Hardware = CPU, rows: int = 1000, **fields: Any
+    training: dict[str, Any] | None = None,
+    hardware: Hardware = CPU,
+    rows: int = 1000,
+    begun_with: data_plan.Sizes | None = None,
+    **fields: Any,
 ) -> Resolved:
     spec = make_spec(training, **fields)
     return resolve(
@@ -44,6 +54,7 @@ def resolved(
         needs=SMALL,
         has_validation=bool(spec.validation_file),
         chat_template="chatml",
+        begun_with=begun_with,
     )
 
 
@@ -180,12 +191,12 @@ def test_packed_rows_are_short_where_attention_costs_the_square() -> None:
     ("gib", "rows", "batch", "micro", "checkpointing"),
     [
         (140, 2048, 16, 16, False),
-        (24, 2048, 16, 8, False),
-        (24, 2048, 17, 1, False),  # 17 has no divisor but itself
-        (3.5, 2048, 16, 4, "unsloth"),
+        (24, 2048, 16, 6, False),
+        (24, 2048, 17, 6, False),
+        (3.5, 2048, 16, 2, "unsloth"),
     ],
 )
-def test_a_pass_holds_what_fits_and_divides_the_batch(
+def test_a_pass_holds_what_fits_whether_or_not_that_divides_the_batch(
     gib: float, rows: int, batch: int, micro: int, checkpointing: str | bool
 ) -> None:
     gpu = Hardware("a GPU", is_gpu=True, computes_bf16=True, memory_bytes=int(gib * 2**30))
@@ -194,7 +205,58 @@ def test_a_pass_holds_what_fits_and_divides_the_batch(
         spec, gpu, lengths=[rows] * 100, longest=2048, needs=SMALL, has_validation=False, chat_template="chatml"
     )
     assert (found.micro_batch_size, found.gradient_checkpointing) == (micro, checkpointing)
-    assert found.micro_batch_size * found.gradient_accumulation_steps == batch
+    assert found.gradient_accumulation_steps == math.ceil(batch / micro)
+
+
+def test_two_passes_fit_a_gpu_at_once_for_a_graph_keeps_the_memory_of_one() -> None:
+    left = SMALL.token * ROW_TOKENS * 1000
+    memory = int(4.5 * SMALL.weights) + left
+    gpu = Hardware("any", is_gpu=True, computes_bf16=True, memory_bytes=memory)
+    taken = tokens_per_pass(gpu, SMALL, recompute=False, precision="bf16") * SMALL.token
+    assert 0.6 * left < 2 * taken < 0.75 * left
+    assert resolved({"batch_size": 1}, gpu).gradient_checkpointing is False
+    tight = replace(gpu, memory_bytes=memory - left + 2 * SMALL.token * ROW_TOKENS)
+    assert resolved({"batch_size": 1}, tight).gradient_checkpointing == "unsloth"
+    assert resolved({"batch_size": 1}, replace(tight, is_gpu=False)).gradient_checkpointing is False
+
+
+def test_a_batch_needs_no_divisor_that_fits() -> None:
+    assert TrainingSpec(batch_size=23).resolved_batch(14) == (23, 14, 2)
+    assert TrainingSpec(batch_size=23, gpus=2).resolved_batch(14) == (23, 12, 2)
+    assert TrainingSpec(batch_size=23).resolved_batch() == (23, 23, 1)
+    assert TrainingSpec(batch_size=12, gradient_accumulation_steps=4).resolved_batch(1) == (12, 3, 4), "the client's"
+
+
+TIGHT = replace(CPU, memory_bytes=0)
+
+
+def test_a_resumed_run_keeps_what_it_began_with_whatever_memory_is_free() -> None:
+    began = resolved({"batch_size": 64}, rows=500)
+    kept = sizes(began, CPU)
+    assert resolved({"batch_size": 64}, TIGHT, rows=500) != began
+    assert resolved({"batch_size": 64}, TIGHT, rows=500, begun_with=kept) == began
+    assert resolved({"batch_size": 64}, replace(TIGHT, name="NVIDIA T4"), rows=500, begun_with=kept) != began
+
+
+def test_a_rung_asks_a_resumed_run_for_less_than_it_began_with() -> None:
+    kept = sizes(resolved({"batch_size": 64}), CPU)
+    less = resolved({"batch_size": 64, "tokens_per_pass": 1000, "gradient_checkpointing": True}, begun_with=kept)
+    assert less.model_dump()["tokens_per_pass"] == 1000
+    assert (less.micro_batch_size, less.gradient_checkpointing) == (5, True)
+    rows = resolved({"batch_size": 64, "micro_batch_size": 2}, begun_with=kept)
+    assert (rows.micro_batch_size, rows.model_dump()["tokens_per_pass"]) == (2, None)
+
+
+def test_a_plan_of_a_version_that_kept_no_sizes_is_a_plan(tmp_path: Path) -> None:
+    whole = data_plan.DataPlan(
+        conversations_sha256="ab", packed=None, epoch=1, order=[1, 0], sizes=sizes(resolved(), CPU)
+    )
+    whole.write(tmp_path)
+    assert data_plan.read(tmp_path, "ab") == whole
+    (tmp_path / data_plan.FILE).write_text(whole.model_dump_json(exclude={"sizes"}))
+    older = data_plan.read(tmp_path, "ab")
+    assert older is not None
+    assert (older.order, older.sizes) == ([1, 0], None)
 
 
 def test_passes_on_cpu_are_no_longer_than_makes_them_fast() -> None:

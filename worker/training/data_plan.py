@@ -1,7 +1,7 @@
 """Which conversations come when, as a checkpoint keeps it: what is packed together, the order of the epoch under way.
 
 Both follow from the seed, as long as nobody changes how. A run that is resumed by a later version, of us or of a
-library, must not see some conversations twice and others never.
+library, must not see some conversations twice and others never. How large passes are does not even follow from that.
 """
 
 import hashlib
@@ -16,6 +16,19 @@ from worker.training.data import Example
 FILE = "data_plan.json"
 
 
+class Sizes(BaseModel):
+    """What followed from the memory that was free when a run began. With less or more of it, a step's sums would be
+    rounded differently after a resumption."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hardware: str
+    """Its name. On other hardware sums differ anyway, and something else fits."""
+    tokens_per_pass: int | None
+    """How many conversations a pass holds follows from it. None: from the client's choice."""
+    gradient_checkpointing: str | bool
+
+
 class DataPlan(BaseModel):
     """Content of `data_plan.json`."""
 
@@ -28,6 +41,8 @@ class DataPlan(BaseModel):
     epoch: int
     order: list[int]
     """Rows in the order in which that epoch trains on them."""
+    sizes: Sizes | None = None
+    """None: of a version that did not keep them, or before they are known."""
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(self.model_dump_json(), encoding="ascii")

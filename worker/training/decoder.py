@@ -339,10 +339,9 @@ def _names(config: Any, have: set[str]) -> Iterator[str]:
 
 def _windowed(config: Any) -> bool:
     """Whether some layer attends to the last tokens only."""
-    kinds = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in kinds):
-        return True
-    return bool(getattr(config, "sliding_window", None)) and not kinds and config.model_type == "mistral"
+    if config.model_type == "mistral":  # whose layers have no types, whatever its configuration says
+        return config.sliding_window is not None
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
 
 
 def _rope_type(config: Any) -> str:

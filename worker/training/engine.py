@@ -34,7 +34,7 @@ from worker.training.parallel import Alone
 from worker.training.step import Abandoned, Stepper
 
 EVALUATION_TOKENS = 4096
-"""Padded tokens of one evaluation batch: bounds its logits. Halved where even that does not fit."""
+"""Of one evaluation pass or batch, padding included. Halved where even that does not fit."""
 OPTIMIZERS = {"adamw_8bit": "adamw_8bit", "adamw": "adamw_torch_fused"}
 
 
@@ -371,9 +371,9 @@ def add_callback(engine: Engine, callback: TrainerCallback) -> None:
 def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool]) -> EvaluationResult | None:
     """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile on any rank.
 
-    Padded batches with a mask, so that nothing depends on how the engine tells conversations apart; logits are made
-    of the labelled positions only. Smaller batches are tried before memory counts as having run out: no choice that
-    makes training fit would help here.
+    By our own passes where steps are computed by them, else in padded batches with a mask, so that nothing depends on
+    how the engine tells conversations apart; logits are made of the labelled positions only. Smaller passes or batches
+    are tried before memory counts as having run out: no choice that makes training fit would help here.
     """
     sums = engine.group.total(_evaluate_share(engine, engine.group.share(rows), should_stop))
     if sums is None:

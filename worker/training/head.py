@@ -55,6 +55,8 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]  # torch is not 
                 d_weight += part
             else:
                 d_weight = part.float() if several else part
+        if with_gradients and d_weight is None:  # nothing is learned from
+            d_weight = torch.zeros_like(weight)
         ctx.gradients = d_hidden, d_weight
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)

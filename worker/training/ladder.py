@@ -1,7 +1,10 @@
 """What to give up, in which order, when a run does not fit the memory it has. Imports no torch.
 
-    micro-batch halved, accumulation doubled ─► 1 ─► gradient checkpointing ─► max_seq_length halved ─► nothing
-    └───────────── gradients stay the same ────────────────────────────────┘   only with `on_oom: truncate`
+    passes halved ─► of one conversation ─► gradient checkpointing ─► max_seq_length halved ─► nothing
+    └───────────── gradients stay the same ──────────────────────┘   only with `on_oom: truncate`
+
+Passes are halved in what chose their size: conversations where the client did (micro-batch halved, accumulation
+doubled), else tokens, for half as many conversations may be as many tokens.
 
 The supervisor goes down one rung at a time and resumes from the last checkpoint; the trainer only reports, and names
 the rung that the user could take. The first rungs change speed and memory, never what is learnt: a step still sees
@@ -58,6 +61,19 @@ def below(training: TrainingSpec, resolved: dict[str, Any]) -> Rung | None:
         "gradient_accumulation_steps": batch // micro,
         "gradient_checkpointing": training.gradient_checkpointing,
     }
+    tokens = resolved.get("tokens_per_pass")
+    if micro > 1 and training.chooses_micro_batch and tokens is not None:
+        return Rung(
+            {
+                "batch_size": batch,
+                "tokens_per_pass": tokens // 2,
+                "gradient_checkpointing": training.gradient_checkpointing,
+            },
+            f"Memory ran out: training goes on with training.tokens_per_pass {tokens // 2} instead of {tokens}. The "
+            f"batch stays {batch}, so gradients are the same; steps may take longer.",
+            "training.tokens_per_pass",
+            f"set training.tokens_per_pass to {tokens // 2} (it was {tokens}), which changes no gradient",
+        )
     if micro > 1:
         smaller = max(size for size in range(1, micro // 2 + 1) if batch % size == 0)
         return Rung(

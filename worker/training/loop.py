@@ -106,7 +106,9 @@ class Run:
             needs=model.needs(base),
             has_validation=spec.validation_file is not None,
             chat_template=template.name,
+            begun_with=plan.sizes,
         )
+        plan = plan.model_copy(update={"sizes": resolve.sizes(resolved, hardware)})
         if spec.resume_from is None:
             for warning in resolve.advice(spec, resolved, len(rows)):
                 self.reporter.warn(warning)

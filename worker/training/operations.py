@@ -1,7 +1,7 @@
 """The pieces of a decoder's layer between its matrix products, for CPUs: few passes over memory, exact gradients.
 
 Autograd's own chains of small operations read and write every intermediate; here forward and backward are written
-out, in 32 bits where a sum or an exponential needs it. `worker.training.gpu_operations` has the same pieces for GPUs.
+out, in 32 bits where a sum or an exponential needs it. `worker.training.gpu` has the same pieces for GPUs.
 """
 
 from typing import Any, Protocol

@@ -39,8 +39,6 @@ class Pass:
     """Indices of the tokens whose successor is trained on; one of the prefix may come up for each conversation."""
     targets: Numbers
     """Those successors."""
-    tokens: int
-    """Of the conversations, as they were given: a shared beginning counts for each of them."""
 
 
 def conversations(rows: Sequence[Example]) -> list[Example]:
@@ -109,7 +107,6 @@ def join(members: Sequence[Example]) -> Pass:
         lengths=[len(member.ids) - prefix for member in members],
         learned=np.concatenate(learned),
         targets=np.concatenate(targets),
-        tokens=sum(len(member.ids) for member in members),
     )
 
 

@@ -205,13 +205,18 @@ class Peers:
                 rank, chunk = key.data, os.read(key.fd, READ_BYTES)
                 *lines, rests[rank] = (rests[rank] + chunk).split(b"\n")
                 for line in lines:
-                    self._heard(rank, parse(line))
+                    self._heard(rank, line)
                 if not chunk:
                     selector.unregister(key.fd)
                     self._gone(rank)
 
-    def _heard(self, rank: int, message: Message) -> None:
+    def _heard(self, rank: int, line: bytes) -> None:
         self._through.add(rank)
+        try:
+            message = parse(line)
+        except ValueError:
+            words = f"rank {rank} said what is no message, which is a fault of Anneal: {line[:200]!r}"
+            message = Failed(code="trainer_error", message=words)
         if isinstance(message, Failed):
             self._ending.acquire()
             self._reporter.send(message)

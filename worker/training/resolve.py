@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.training_spec import BASE_LEARNING_RATE, TUTORIAL_MAX_STEPS, Resolved, TrainerSpec
+from worker.training.data_plan import Sizes
 from worker.training.failures import UnsupportedSetting
 
 CPU_PACKED_ROW_LENGTH = 512
@@ -12,8 +13,10 @@ CPU_PACKED_ROW_LENGTH = 512
 FAST_ENOUGH_CPU = 4096
 FAST_ENOUGH_GPU = 65_536
 """Tokens of a pass beyond which a longer one is no faster."""
-SHARE_FOR_ACTIVATIONS = 0.7
+SHARE_FOR_ACTIVATIONS_CPU = 0.7
 """Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
+SHARE_FOR_ACTIVATIONS_GPU = SHARE_FOR_ACTIVATIONS_CPU / 2
+"""CUDA graphs keep the memory of one pass in a pool of their own, and a pass of a new shape runs beside it."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
@@ -62,6 +65,7 @@ def resolve(
     needs: Needs,
     has_validation: bool,
     chat_template: str,
+    begun_with: Sizes | None = None,
 ) -> Resolved:
     """What the run will really do.
 
@@ -71,16 +75,24 @@ def resolve(
         needs: of the base model.
         has_validation: a validation file was given.
         chat_template: the template's name as chosen, never `auto`.
+        begun_with: what `auto` was when a resumed run began, and stays on the same hardware.
 
     Raises:
         UnsupportedSetting: the hardware or the engine can't do what was asked for.
     """
     training = spec.training
     precision = _precision(spec, hardware)
-    recompute = _checkpointing(spec, hardware, needs, max(lengths))
-    most_tokens = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    begun = begun_with if begun_with is not None and begun_with.hardware == hardware.name else None
+    recompute: str | bool = training.gradient_checkpointing
+    if recompute == "auto":
+        recompute = begun.gradient_checkpointing if begun else _checkpointing(hardware, needs, max(lengths))
+    asked = training.tokens_per_pass
+    kept = begun.tokens_per_pass if begun else None
+    fitting = kept or tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    most_tokens = fitting if asked == "auto" else asked
     batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
-    chosen = training.micro_batch_size == "auto" and training.gradient_accumulation_steps is None
+    is_limit = training.chooses_micro_batch or asked != "auto"
+    largest = sum(sorted(lengths)[-micro:])  # so that half of the limit is less than any pass had
     steps_per_epoch = math.ceil(len(lengths) / batch)
     max_steps = _max_steps(spec, steps_per_epoch)
     multiplier = 1.0 if spec.learning_rate_multiplier == "auto" else spec.learning_rate_multiplier
@@ -103,7 +115,7 @@ def resolve(
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
             "gpus": training.gpus,
-            "tokens_per_pass": most_tokens if chosen else None,
+            "tokens_per_pass": min(most_tokens, largest) if is_limit else None,
             "precision": precision,
             "master_weights": training.master_weights,
             "optimizer": training.optimizer if hardware.is_gpu else "adamw",
@@ -122,6 +134,15 @@ def resolve(
             "on_oom": training.on_oom,
             "seed": spec.seed,
         }
+    )
+
+
+def sizes(resolved: Resolved, hardware: Hardware) -> Sizes:
+    """For `resolve` when the run is resumed."""
+    return Sizes(
+        hardware=hardware.name,
+        tokens_per_pass=(resolved.model_extra or {})["tokens_per_pass"],
+        gradient_checkpointing=resolved.gradient_checkpointing,
     )
 
 
@@ -188,19 +209,17 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
 def tokens_per_pass(hardware: Hardware, needs: Needs, *, recompute: bool, precision: str) -> int:
     """Tokens that a forward and backward pass may hold: as many as make it fast, and no more than fit."""
     token_bytes = (needs.token_recomputed if recompute else needs.token) * (2 if precision == "fp32" else 1)
-    fitting = int(SHARE_FOR_ACTIVATIONS * _left(hardware, needs)) // token_bytes
+    fitting = int(_for_activations(hardware, needs)) // token_bytes
     return max(min(fitting, FAST_ENOUGH_GPU if hardware.is_gpu else FAST_ENOUGH_CPU), 1)
 
 
-def _left(hardware: Hardware, needs: Needs) -> int:
-    """Bytes for activations: what masters, gradients, two moments and the weights in 16 bits leave."""
-    return max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
+def _for_activations(hardware: Hardware, needs: Needs) -> float:
+    """Bytes that a pass may keep, of what masters, gradients, two moments and the weights in 16 bits leave."""
+    share = SHARE_FOR_ACTIVATIONS_GPU if hardware.is_gpu else SHARE_FOR_ACTIVATIONS_CPU
+    return share * max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
 
 
-def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
+def _checkpointing(hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
     """`auto`: only if the longest row would not fit otherwise."""
-    asked = spec.training.gradient_checkpointing
-    if asked != "auto":
-        return asked
-    fits = longest_row * needs.token <= SHARE_FOR_ACTIVATIONS * _left(hardware, needs)
+    fits = longest_row * needs.token <= _for_activations(hardware, needs)
     return False if fits else "unsloth"

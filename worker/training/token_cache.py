@@ -21,7 +21,8 @@ from pathlib import Path
 
 from shared import training_data
 from shared.training_spec import TrainerSpec
-from worker.training import data, templates
+from worker import tokenizers
+from worker.training import data, model, templates
 from worker.training.data import Example, Examples, TrainOn
 from worker.training.templates import Template, Tokenizer
 
@@ -34,7 +35,8 @@ DIGEST_BYTES = 32
 NOT_REPEATABLE = ("strftime_now", "now()")
 """What a template calls to write the date: the same rows differ tomorrow."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-CODE = (data, templates, training_data)
+CODE = (data, templates, training_data, tokenizers, model)
+"""Modules whose sources turn bytes into rows."""
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
 Load = Callable[[Path, Template, Tokenizer, int, TrainOn], Examples]
