@@ -88,7 +88,7 @@ class Run:
         self._gather()
         prepare_work_dir(spec.work_dir)
         from worker.training import engine  # isort: skip - imports unsloth, which must come first
-        from worker.training import callbacks, model, parallel
+        from worker.training import callbacks, model, parallel, sharding
         from worker.training.step import Abandoned
 
         # Load.
@@ -117,13 +117,19 @@ class Run:
             for warning in resolve.advice(spec, resolved, len(rows)):
                 self.reporter.warn(warning)
 
-        weights = self.warm.load_model(
-            base,
-            hardware,
-            max_seq_length=resolved.max_seq_length,
-            master_weights=resolved.master_weights,
-            gradient_checkpointing=resolved.gradient_checkpointing,
-        )
+        if resolved.sharding == "on":
+            assert isinstance(group, parallel.Together)
+            weights = sharding.load_model(
+                base, group, precision=resolved.precision, master_weights=resolved.master_weights
+            )
+        else:
+            weights = self.warm.load_model(
+                base,
+                hardware,
+                max_seq_length=resolved.max_seq_length,
+                master_weights=resolved.master_weights,
+                gradient_checkpointing=resolved.gradient_checkpointing,
+            )
         trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir), plan, group)
         first_step, tokens_before = self._where_to_resume()
         callback = callbacks.RunCallback(

@@ -14,6 +14,9 @@ FAST_ENOUGH_GPU = 65_536
 """Tokens of a pass beyond which a longer one is no faster."""
 SHARE_FOR_ACTIVATIONS = 0.7
 """Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
+WHOLE_AT_ONCE = 0.3
+"""Of a model in shards, in weights of 32 bits: what is not in shards at some moment. An 8B-parameter Llama's embedding
+and head, in 16 bits, with their gradients in 16 and in 32, are a quarter; two layers are the rest."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
@@ -40,6 +43,7 @@ class Needs:
     """Kept between forward and backward pass for each token, in 16 bits, without gradient checkpointing."""
     token_recomputed: int
     """The same with it."""
+    can_be_sharded: bool = False
 
 
 def longest_conversation(spec: TrainerSpec, position_limit: int | None) -> int:
@@ -77,8 +81,10 @@ def resolve(
     """
     training = spec.training
     precision = _precision(spec, hardware)
-    recompute = _checkpointing(spec, hardware, needs, max(lengths))
-    most_tokens = tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    sharded = _sharded(spec, hardware, needs, max(lengths), precision)
+    kept = kept_bytes(needs, training.gpus if sharded else 1)
+    recompute = _checkpointing(spec, hardware, needs, max(lengths), kept)
+    most_tokens = tokens_per_pass(hardware, needs, kept, recompute=bool(recompute), precision=precision)
     batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
     chosen = training.micro_batch_size == "auto" and training.gradient_accumulation_steps is None
     steps_per_epoch = math.ceil(len(lengths) / batch)
@@ -103,10 +109,11 @@ def resolve(
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
             "gpus": training.gpus,
+            "sharding": "on" if sharded else "off",
             "tokens_per_pass": most_tokens if chosen else None,
             "precision": precision,
             "master_weights": training.master_weights,
-            "optimizer": training.optimizer if hardware.is_gpu else "adamw",
+            "optimizer": training.optimizer if hardware.is_gpu and not sharded else "adamw",
             "gradient_checkpointing": recompute,
             "chat_template": chat_template,
             "packing": training.packing,
@@ -141,6 +148,11 @@ def advice(spec: TrainerSpec, resolved: Resolved, rows: int) -> list[str]:
             if seen < 1
             else f"Neither n_epochs nor training.max_steps was given: training stops after {resolved.max_steps} steps, "
             f"which sees 100% of the {rows} training rows, {resolved.n_epochs:g} times."
+        )
+    if resolved.sharding == "on" and spec.training.optimizer != resolved.optimizer:
+        warnings.append(
+            f"The model is kept in shards on {resolved.gpus} GPUs (training.sharding), for which there is no 8-bit "
+            "optimizer: adamw, with 32-bit moments, is used."
         )
     if resolved.master_weights == "bf16" and resolved.learning_rate < BF16_LOSES_UPDATES_BELOW:
         warnings.append(
@@ -185,22 +197,47 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
     return chosen
 
 
-def tokens_per_pass(hardware: Hardware, needs: Needs, *, recompute: bool, precision: str) -> int:
+def tokens_per_pass(hardware: Hardware, needs: Needs, kept: int, *, recompute: bool, precision: str) -> int:
     """Tokens that a forward and backward pass may hold: as many as make it fast, and no more than fit."""
     token_bytes = (needs.token_recomputed if recompute else needs.token) * (2 if precision == "fp32" else 1)
-    fitting = int(SHARE_FOR_ACTIVATIONS * _left(hardware, needs)) // token_bytes
+    fitting = _room(hardware, kept) // token_bytes
     return max(min(fitting, FAST_ENOUGH_GPU if hardware.is_gpu else FAST_ENOUGH_CPU), 1)
 
 
-def _left(hardware: Hardware, needs: Needs) -> int:
-    """Bytes for activations: what masters, gradients, two moments and the weights in 16 bits leave."""
-    return max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
+def kept_bytes(needs: Needs, shards: int = 1) -> int:
+    """Masters, gradients, two moments, and the weights in 16 bits: all of them, or those at hand in one moment."""
+    if shards == 1:
+        return int(4.5 * needs.weights)
+    return int((4 / shards + WHOLE_AT_ONCE) * needs.weights)
 
 
-def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
+def _room(hardware: Hardware, kept: int) -> int:
+    """Bytes for activations."""
+    return int(SHARE_FOR_ACTIVATIONS * max(hardware.memory_bytes - kept, 0))
+
+
+def _sharded(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int, precision: str) -> bool:
+    """`auto`: only if the longest row would not fit otherwise, whatever else is done."""
+    training = spec.training
+    possible = training.gpus > 1 and needs.can_be_sharded and precision != "fp16"
+    if training.sharding != "on":
+        fits = longest_row * needs.token_recomputed <= _room(hardware, kept_bytes(needs))
+        return possible and training.sharding == "auto" and not fits
+    if possible:
+        return True
+    reason = (
+        "needs training.gpus of at least 2"
+        if training.gpus == 1
+        else "is not available with training.precision fp16"
+        if needs.can_be_sharded
+        else "is available for plain Llama, Mistral, Qwen 2 and Qwen 3 models only, and the base model is none"
+    )
+    raise UnsupportedSetting(f"training.sharding on {reason}; use auto", "training.sharding")
+
+
+def _checkpointing(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int, kept: int) -> str | bool:
     """`auto`: only if the longest row would not fit otherwise."""
     asked = spec.training.gradient_checkpointing
     if asked != "auto":
         return asked
-    fits = longest_row * needs.token <= SHARE_FOR_ACTIVATIONS * _left(hardware, needs)
-    return False if fits else "unsloth"
+    return False if longest_row * needs.token <= _room(hardware, kept) else "unsloth"

@@ -20,36 +20,40 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from worker.training import decoder, model, passes
+from worker.training import decoder, passes
 from worker.training.data import Example
+from worker.training.failures import BadBaseModel
 from worker.training.moments import widened
 from worker.training.operations import Operations
 from worker.training.parallel import Together
 from worker.training.step import Abandoned, Arguments, Sums
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOTHING = Example([0, 0], [0, 0], (2,))
 """What a rank computes while others have a pass and it has none: every pass is everybody's."""
 
 
-def load_model(folder: Path, group: Together, *, dtype: torch.dtype, masters: torch.dtype) -> Any:
+def load_model(folder: Path, group: Together, *, precision: str, master_weights: str) -> Any:
     """The base model in shards; no process ever holds the whole of it.
 
-    Args:
-        dtype: of the products.
-        masters: of the weights between steps.
+    Raises:
+        BadBaseModel: the files are missing or broken.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with accelerate.init_empty_weights(include_buffers=False):
-        found = AutoModelForCausalLM.from_config(config, dtype=masters)
+        found = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[master_weights])
     mesh = group.mesh()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*found.model.layers, found):
         fully_shard(part, mesh=mesh, mp_policy=policy)
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
         part.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     found.to_empty(device=mesh.device_type)
     found.tie_weights()
-    fill(found, folder)
+    filled = fill(found, folder)
+    missing = [name for name, _ in found.named_parameters() if name not in filled]
+    if missing:
+        raise BadBaseModel(f"the base model's files hold no {missing[0]}", "model")
     return found
 
 
@@ -57,16 +61,18 @@ def is_sharded(found: Any) -> bool:
     return isinstance(next(found.parameters()), DTensor)
 
 
-def fill(found: Any, folder: Path) -> None:
-    """Read this rank's rows of every tensor of the files."""
+def fill(found: Any, folder: Path) -> set[str]:
+    """Read this rank's rows of every tensor of the files; returns the tensors' names."""
     parameters = dict(found.named_parameters())
+    names: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
                 if name in parameters:
-                    own = parameters[name].to_local()
                     with torch.no_grad():
-                        own.copy_(stored.get_slice(name)[_rows(parameters[name])])
+                        parameters[name].to_local().copy_(stored.get_slice(name)[_rows(parameters[name])])
+                    names.add(name)
+    return names
 
 
 def whole(tensor: Any) -> Any:
@@ -99,9 +105,13 @@ def keep_one_format(optimizer: torch.optim.Optimizer) -> None:
         indices = [index for group in state["param_groups"] for index in group["params"]]
         found = {}
         for index, parameter in zip(indices, parameters, strict=True):
-            moments = widened(state["state"][index])
+            moments = widened(state["state"].get(index, {}))
             found[index] = {name: _part_of(moment, parameter) for name, moment in moments.items()}
-        return {**state, "state": found}
+        groups = [
+            {name: saved.get(name, value) for name, value in own.items()} | {"params": saved["params"]}
+            for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        ]
+        return {"state": {index: moments for index, moments in found.items() if moments}, "param_groups": groups}
 
     optimizer.register_state_dict_post_hook(put_together)
     optimizer.register_load_state_dict_pre_hook(take_apart)
