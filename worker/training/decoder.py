@@ -13,7 +13,7 @@ Which models are plain, and why nothing else may come here, is `can_compute`.
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def can_compute(config: Any, have: set[str]) -> bool:
     return have == set(_names(config, have))
 
 
-Joined = torch.Tensor | list[torch.Tensor]
+Joined: TypeAlias = torch.Tensor | list[torch.Tensor]
 """Weights whose products stand next to each other: in one piece, or several."""
 
 

@@ -25,8 +25,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from shared.training_spec import Resolved
-from worker.training import model as models
 from worker.training import decoder, moments, passes, sharding, step
+from worker.training import model as models
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
 from worker.training.data_plan import DataPlan

@@ -42,6 +42,7 @@ def load_model(folder: Path, group: Together, *, precision: str, master_weights:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with accelerate.init_empty_weights(include_buffers=False):
         found = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[master_weights])
+    found.tie_weights()  # before FSDP looks, and again for the memory that it is given
     mesh = group.mesh()
     policy = MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*found.model.layers, found):
@@ -92,7 +93,7 @@ def keep_one_format(optimizer: torch.optim.Optimizer) -> None:
     """
 
     def put_together(_optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-        found = {}
+        found: dict[int, dict[str, Any]] = {}
         for index, moments in state["state"].items():
             found[index] = {}
             for name, moment in moments.items():
