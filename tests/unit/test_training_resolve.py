@@ -1,5 +1,6 @@
 """Every `auto` becomes a number, the tutorial's where the client said nothing."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -201,3 +202,50 @@ def test_passes_on_cpu_are_no_longer_than_makes_them_fast() -> None:
     found = resolved({"batch_size": 64})
     assert found.micro_batch_size * ROW_TOKENS <= FAST_ENOUGH_CPU
     assert resolved({"batch_size": 64, "micro_batch_size": 64}).micro_batch_size == 64, "the client's choice stays"
+
+
+LARGE = Needs(weights=4 * 8_000_000_000, token=6_400_000, token_recomputed=930_000, can_be_sharded=True)
+"""A model of 8B parameters: 144 GB of masters, gradients, moments and copies."""
+H100 = dataclasses.replace(GPU, memory_bytes=80 * 10**9)
+H100_TWICE = dataclasses.replace(GPU, memory_bytes=160 * 10**9)
+
+
+def sharding_of(training: dict[str, Any], hardware: Hardware, needs: Needs = LARGE) -> tuple[str, str, bool | str]:
+    spec = make_spec(training)
+    found = resolve(
+        spec, hardware, lengths=[2048] * 99, longest=2048, needs=needs, has_validation=False, chat_template="chatml"
+    )
+    assert bool([text for text in advice(spec, found, 99) if "no 8-bit optimizer" in text]) == (
+        found.sharding == "on" and training.get("optimizer") != "adamw"
+    )
+    return found.sharding, found.optimizer, found.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("training", "hardware", "expected"),
+    [
+        ({"gpus": 2}, H100, ("on", "adamw", "unsloth")),
+        ({"gpus": 8}, H100, ("on", "adamw", False)),
+        ({"gpus": 2}, H100_TWICE, ("off", "adamw_8bit", "unsloth")),
+        ({"gpus": 2, "sharding": "on", "optimizer": "adamw"}, H100_TWICE, ("on", "adamw", False)),
+        ({"gpus": 2, "sharding": "off"}, H100, ("off", "adamw_8bit", "unsloth")),
+        ({}, H100, ("off", "adamw_8bit", "unsloth")),
+    ],
+)
+def test_a_model_is_kept_in_shards_where_one_gpu_has_no_room(
+    training: dict[str, Any], hardware: Hardware, expected: tuple[str, str, bool | str]
+) -> None:
+    assert sharding_of(training, hardware) == expected
+
+
+def test_shards_that_cannot_be_are_refused_and_never_chosen() -> None:
+    other = dataclasses.replace(LARGE, can_be_sharded=False)
+    assert sharding_of({"gpus": 2}, H100, other)[0] == "off"
+    for training, hardware, needs, message in (
+        ({"gpus": 1}, H100, LARGE, "needs training.gpus of at least 2"),
+        ({"gpus": 2}, H100, other, "the base model is none"),
+        ({"gpus": 2}, OLD_GPU, LARGE, "precision fp16"),
+    ):
+        with pytest.raises(UnsupportedSetting, match=message) as caught:
+            sharding_of({**training, "sharding": "on"}, hardware, needs)
+        assert caught.value.param == "training.sharding"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from safetensors import safe_open
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -25,7 +24,7 @@ from worker.training.data import Example
 from worker.training.failures import BadBaseModel
 from worker.training.moments import widened
 from worker.training.operations import Operations
-from worker.training.parallel import Together
+from worker.training.parallel import Alone, Together
 from worker.training.step import Abandoned, Arguments, Sums
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,9 +39,8 @@ def load_model(folder: Path, group: Together, *, precision: str, master_weights:
         BadBaseModel: the files are missing or broken.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with accelerate.init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         found = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[master_weights])
-    found.tie_weights()  # before FSDP looks, and again for the memory that it is given
     mesh = group.mesh()
     policy = MixedPrecisionPolicy(param_dtype=_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*found.model.layers, found):
@@ -50,8 +48,9 @@ def load_model(folder: Path, group: Together, *, precision: str, master_weights:
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
         part.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     found.to_empty(device=mesh.device_type)
-    found.tie_weights()
+    found.tie_weights()  # one parameter under two names has become two
     filled = fill(found, folder)
+    torch.utils.serialization.config.load.mmap = True  # of saved moments, too, a rank reads its own rows only
     missing = [name for name, _ in found.named_parameters() if name not in filled]
     if missing:
         raise BadBaseModel(f"the base model's files hold no {missing[0]}", "model")
@@ -133,7 +132,7 @@ class ShardedStepper:
         self,
         found: Any,
         dtype: torch.dtype,
-        group: Together,
+        group: Alone,
         operations: Operations,
         arguments_of: Callable[[passes.Pass], Arguments],
         *,
@@ -246,7 +245,7 @@ def _part_of(moment: Any, parameter: Any) -> Any:
     """A whole moment's part that belongs to this rank's part of the parameter; other state is everybody's."""
     if not isinstance(moment, torch.Tensor) or moment.shape != parameter.shape:
         return moment
-    part = moment[_rows(parameter)].to(parameter.device)
+    part = moment[_rows(parameter)].to(parameter.device, copy=True)
     return DTensor.from_local(
         part,
         parameter.device_mesh,
