@@ -21,6 +21,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, disable_progress_bars
 from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.serialization import config as serialization
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -220,6 +221,10 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             sharding.fill(self.bare_model(), Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with serialization.patch({"load.mmap": sharding.is_sharded(self.model)}):  # needs some rows and reads no others
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         return sharding.whole(super()._get_grad_norm(model, grad_norm=grad_norm))

@@ -10,6 +10,7 @@ written from tensors that rank 0 puts together one after the other.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ def load_model(folder: Path, group: Together, *, precision: str, master_weights:
     found.to_empty(device=mesh.device_type)
     found.tie_weights()  # one parameter under two names has become two
     filled = fill(found, folder)
-    torch.utils.serialization.config.load.mmap = True  # of saved moments, too, a rank reads its own rows only
     missing = [name for name, _ in found.named_parameters() if name not in filled]
     if missing:
         raise BadBaseModel(f"the base model's files hold no {missing[0]}", "model")
@@ -244,7 +244,7 @@ def _rows(parameter: Any) -> slice:
 def _part_of(moment: Any, parameter: Any) -> Any:
     """A whole moment's part that belongs to this rank's part of the parameter; other state is everybody's."""
     if not isinstance(moment, torch.Tensor) or moment.shape != parameter.shape:
-        return moment
+        return deepcopy(moment)
     part = moment[_rows(parameter)].to(parameter.device, copy=True)
     return DTensor.from_local(
         part,
