@@ -49,7 +49,6 @@ def load_model(folder: Path, group: Together, *, precision: str, master_weights:
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
         part.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     found.to_empty(device=mesh.device_type)
-    found.tie_weights()  # one parameter under two names has become two
     filled = fill(found, folder)
     missing = [name for name, _ in found.named_parameters() if name not in filled]
     if missing:
