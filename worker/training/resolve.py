@@ -14,9 +14,10 @@ FAST_ENOUGH_GPU = 65_536
 """Tokens of a pass beyond which a longer one is no faster."""
 SHARE_FOR_ACTIVATIONS = 0.7
 """Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
-WHOLE_AT_ONCE = 0.3
-"""Of a model in shards, in weights of 32 bits: what is not in shards at some moment. An 8B-parameter Llama's embedding
-and head, in 16 bits, with their gradients in 16 and in 32, are a quarter; two layers are the rest."""
+WHOLE_AT_ONCE = 0.4
+"""Of a model in shards, in weights of 32 bits: what is whole at some moment. Of an 8B-parameter Llama's embedding and
+head the weights (a sixteenth), the head's gradient in 32 bits (another), both gradients in 16 and, to be summed, in 32
+(three); two layers are the rest."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
