@@ -25,12 +25,15 @@ from tests.training.trainers import (
     start,
     weights,
 )
-from worker.training import data, parallel, passes, templates
+from worker.training import data, loop, parallel, passes, templates
 from worker.training import model as models
 from worker.training.checkpoint import verify
 from worker.training.environment import GPUS_IN_SIGHT, gpus_of, trainer_environment
-from worker.training.ranks import Peers
+from worker.training.failures import UnsupportedSetting
+from worker.training.loop import Run
+from worker.training.ranks import Peers, Place
 from worker.training.reporter import Reporter
+from worker.training.stopping import StopRequests
 
 pytestmark = pytest.mark.slow
 
@@ -300,3 +303,32 @@ def test_a_last_word_that_nobody_reads_ends_the_run_too() -> None:
     peers = Peers(Reporter(2))
     peers.settle()
     peers.settle()
+
+
+@pytest.mark.parametrize(
+    ("error", "place", "waits"),
+    [
+        (RuntimeError("Connection closed by peer"), Place(0, 2, {}), True),
+        (UnsupportedSetting("no"), Place(0, 2, {}), False),
+        (MemoryError(), Place(0, 2, {}), False),
+        (RuntimeError("Connection closed by peer"), None, False),
+    ],
+)
+def test_a_rank_that_lost_another_one_lets_the_reason_be_told(
+    error: Exception,
+    place: Place | None,
+    waits: bool,
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_run: Run) -> None:
+        raise error
+
+    slept: list[float] = []
+    monkeypatch.setattr(Run, "_run", fail)
+    monkeypatch.setattr(loop.time, "sleep", slept.append)
+    with (tmp_path / "said").open("wb") as stream:
+        reporter = Reporter(stream.fileno())
+        assert Run(make_spec(tmp_path), reporter, StopRequests(reporter), place=place).attempt() == 1
+    assert bool(slept) == waits
