@@ -4,6 +4,7 @@
 #   make test    every test;  ARGS="-k heartbeat" chooses some
 #   make test-sdk  OpenAI's clients for Python and Node, and LiteLLM, against a service that trains; on PostgreSQL with
 #                  DATABASE=postgresql
+#   make test-gpu  the kernels and the graphs beside what a CPU computes; an environment with LOCK=locks/gpu.lock and a GPU
 #   make test-serving  both engines with the real SmolLM2, and lm_eval as a client
 #   make lint    style and import rules
 #   make types   mypy --strict
@@ -28,7 +29,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install setup-vllm setup-eval setup-llama-factory demo up test test-sdk lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving bench-training bench-precision test-serving
+.PHONY: help install setup-vllm setup-eval setup-llama-factory demo up test test-sdk test-gpu lint types containers clean campaign failpoints mutants contention soak bench-api bench-serving bench-training bench-precision test-serving
 
 VENV ?= .venv
 LOCK ?= locks/cpu.lock
@@ -41,7 +42,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --only-binary=:all: $(PIP_FLAGS)
 
 help:
-	@sed -n '3,26s/^# *//p' Makefile
+	@sed -n '3,27s/^# *//p' Makefile
 
 install: $(STAMP)
 
@@ -64,7 +65,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-$(notdir $(VLLM_LOCK))
 setup-vllm: $(VLLM_STAMP)
 	@echo "ANNEAL_ENGINE=vllm needs ANNEAL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python" >&2
 
-$(VLLM_STAMP): VENV := $(VLLM_VENV)
+# `override`: with VENV= on the command line these versions would go into that environment, over ours.
+$(VLLM_STAMP): override VENV := $(VLLM_VENV)
 $(VLLM_STAMP): $(VLLM_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(VLLM_LOCK) into $(VENV) (some minutes, once)" >&2
@@ -101,6 +103,10 @@ $(SDK_STAMP): $(STAMP) $(SDK_LOCK) $(NODE)/package-lock.json
 test-sdk: $(SDK_STAMP)
 	SDK_SUITE=1 SDK_DATABASE=$(DATABASE) $(BIN)/python -m pytest $(ARGS) tests/sdk
 
+# By itself, without the service's fixtures: other tests hide the GPUs from their process.
+test-gpu: install
+	$(BIN)/python -m pytest --confcutdir tests/gpu $(ARGS) tests/gpu
+
 PROOF = $(BIN)/python -m tests.$@ $(if $(SEED),--seed $(SEED)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 campaign failpoints mutants contention: install
@@ -119,7 +125,7 @@ EVAL_STAMP := $(EVAL_VENV)/.installed-$(notdir $(EVAL_LOCK))
 
 setup-eval: $(EVAL_STAMP)
 
-$(EVAL_STAMP): VENV := $(EVAL_VENV)
+$(EVAL_STAMP): override VENV := $(EVAL_VENV)
 $(EVAL_STAMP): $(EVAL_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)
 	@echo "Installing $(EVAL_LOCK) into $(VENV) (some minutes, once)" >&2
@@ -144,7 +150,6 @@ LLAMA_FACTORY_STAMP := $(LLAMA_FACTORY_VENV)/.installed-$(notdir $(LLAMA_FACTORY
 
 setup-llama-factory: $(LLAMA_FACTORY_STAMP)
 
-# `override`: with VENV= on the command line these versions would go into that environment, over ours.
 $(LLAMA_FACTORY_STAMP): override VENV := $(LLAMA_FACTORY_VENV)
 $(LLAMA_FACTORY_STAMP): $(LLAMA_FACTORY_LOCK)
 	@$(BIN)/python -c '$(SUITABLE)' 2>/dev/null || $(create_venv)

@@ -90,7 +90,9 @@ def _standby(work: Work, caches: Path, saved: Path) -> Launch:
     return Launch(trainer_command(), {**spec(work, caches, saved), "leash_s": 3600.0}, order)
 
 
-def _rival(script: str, *options: str, python: Callable[[], str] = lambda: sys.executable) -> Any:
+def rival(script: str, *options: str, python: Callable[[], str] = lambda: sys.executable) -> Any:
+    """How one of benchmarks/rivals is launched."""
+
     def launch(work: Work, caches: Path, saved: Path) -> Launch:
         command = [python(), str(RIVALS / script), "--data", str(work.data), "--model", str(work.model)]
         for name in ("steps", "micro", "accumulation", "length", "rate", "seed"):
@@ -103,7 +105,7 @@ def _rival(script: str, *options: str, python: Callable[[], str] = lambda: sys.e
 
 def _unpacked(script: str, *options: str) -> Any:
     """Beside packed rows on CPU, where Unsloth packs nothing: as many conversations as fill about as many tokens."""
-    launch = _rival(script, *options)
+    launch = rival(script, *options)
 
     def as_many(work: Work, caches: Path, saved: Path) -> Launch:
         tokens = work.batch * work.length
@@ -133,26 +135,26 @@ CONTENDERS: dict[str, Contender] = {
     "anneal-adamw": Contender(_anneal(optimizer="adamw")),
     "anneal-small": Contender(_anneal(gradient_checkpointing=True), gpu=True),
     "anneal-standby": Contender(_standby),
-    "unsloth": Contender(_rival("unsloth_script.py"), packed=False),
-    "unsloth-fp32": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=False),
-    "trl": Contender(_rival("trl_script.py"), packed=False),
-    "trl-under-unsloth": Contender(_rival("trl_script.py", "--under-unsloth"), packed=False, gpu=False),
-    "trl-use-cpu": Contender(_rival("trl_script.py", "--use-cpu"), packed=False, gpu=False),
+    "unsloth": Contender(rival("unsloth_script.py"), packed=False),
+    "unsloth-fp32": Contender(rival("unsloth_script.py", "--master", "fp32"), packed=False),
+    "trl": Contender(rival("trl_script.py"), packed=False),
+    "trl-under-unsloth": Contender(rival("trl_script.py", "--under-unsloth"), packed=False, gpu=False),
+    "trl-use-cpu": Contender(rival("trl_script.py", "--use-cpu"), packed=False, gpu=False),
     "llama-factory": Contender(
-        _rival("llama_factory.py", python=_llama_factory_python), packed=False, missing=_llama_factory_missing
+        rival("llama_factory.py", python=_llama_factory_python), packed=False, missing=_llama_factory_missing
     ),
-    "unsloth-packed": Contender(_rival("unsloth_script.py"), packed=True, gpu=True),
+    "unsloth-packed": Contender(rival("unsloth_script.py"), packed=True, gpu=True),
     "unsloth-packed-adamw": Contender(
-        _rival("unsloth_script.py", "--optimizer", "adamw_torch_fused"), packed=True, gpu=True
+        rival("unsloth_script.py", "--optimizer", "adamw_torch_fused"), packed=True, gpu=True
     ),
     "unsloth-packed-kept": Contender(
-        _rival("unsloth_script.py", "--optimizer", "adamw_torch_fused", "--keep"), packed=True, gpu=True
+        rival("unsloth_script.py", "--optimizer", "adamw_torch_fused", "--keep"), packed=True, gpu=True
     ),
-    "unsloth-fp32-packed": Contender(_rival("unsloth_script.py", "--master", "fp32"), packed=True, gpu=True),
-    "trl-packed": Contender(_rival("trl_script.py"), packed=True, gpu=True),
+    "unsloth-fp32-packed": Contender(rival("unsloth_script.py", "--master", "fp32"), packed=True, gpu=True),
+    "trl-packed": Contender(rival("trl_script.py"), packed=True, gpu=True),
     "unsloth-unpacked": Contender(_unpacked("unsloth_script.py"), packed=True, gpu=False),
-    "compiled": Contender(_rival("compiled.py"), packed=True, gpu=True),
-    "compiled-causal": Contender(_rival("compiled.py", "--attention", "causal"), packed=True, gpu=True),
+    "compiled": Contender(rival("compiled.py"), packed=True, gpu=True),
+    "compiled-causal": Contender(rival("compiled.py", "--attention", "causal"), packed=True, gpu=True),
 }
 DEFAULTS = {
     ("tutorial", False): "anneal,anneal-warm,anneal-standby,unsloth,unsloth-fp32,trl,trl-under-unsloth,llama-factory",

@@ -3,16 +3,18 @@
 
 Anneal's trainer on the same rows in the same order, 200 steps at 2e-5 and at 2e-4, each a process of its own:
 
-    default       fp32 master weights, bf16 products
-    fp32          the same in 32 bits throughout (CPU only: `training.precision: fp32`)
+    default       fp32 master weights, bf16 products; on a GPU 8-bit AdamW
+    adamw         the same with AdamW in 32 bits, which on CPU is the default
+    fp32          32 bits throughout: `training.precision: fp32`, which is for CPUs; on a GPU TRL's trainer on
+                  transformers' model, 8 conversations a pass, AdamW in 32 bits
     bf16-master   weights kept in bf16 too (`training.master_weights: bf16`)
     seed          the default with another seed, so other rows in each step: how far two runs are apart anyway
+    untrained     one step with next to no learning rate, once: the loss before any training
 
-Compared is the loss over rows that nobody trains on, before the differences of training losses, which are noisier. The
-loss before any training comes from a run with next to no learning rate.
+Compared is the loss over rows that nobody trains on, before the differences of training losses, which are noisier.
 
     python benchmarks/precision.py [--model FOLDER] [--data alpaca.json] [--steps 200] [--rates 2e-5,2e-4] [--out FILE]
-                                   [--only default,fp32,bf16-master,seed] [--resume]
+                                   [--only default,adamw,fp32,bf16-master,seed,untrained] [--resume]
 """
 
 import argparse
@@ -23,17 +25,19 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import processes, training_result, training_rows
-from benchmarks.contenders import Work, spec
+from benchmarks.contenders import Launch, Work, rival, spec
 from benchmarks.training import base_model, command, processor
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "adamw": {"optimizer": "adamw"},
     "fp32": {"precision": "fp32"},
     "bf16-master": {"master_weights": "bf16"},
     "seed": {},
@@ -41,8 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SEED, OTHER_SEED = 3407, 3408
 HELD_OUT = 100
 EVALUATIONS = 5
-UNTRAINED = "untrained"
-UNTRAINED_RATE = 1e-12
+UNTRAINED, UNTRAINED_RATE = "untrained", 1e-12
 
 
 def main() -> int:
@@ -70,7 +73,8 @@ class Bench:
         rows = training_rows.read_rows(args.data) if args.data else training_rows.make_rows(needed)
         train = training_rows.write_rows(rows[:-HELD_OUT], self._scratch / "train.json")
         valid = training_rows.write_rows(rows[-HELD_OUT:], self._scratch / "valid.json")
-        planned = [(UNTRAINED, UNTRAINED_RATE), *((name, rate) for rate in args.rates for name in args.only)]
+        planned = [(name, rate) for rate in args.rates for name in args.only if name != UNTRAINED]
+        planned += [(UNTRAINED, UNTRAINED_RATE)] * (UNTRAINED in args.only)
         for name, rate in planned:
             if any(run["variant"] == name and run["rate"] == rate for run in self.runs):
                 continue
@@ -78,13 +82,13 @@ class Bench:
             seed = OTHER_SEED if name == "seed" else SEED
             work = Work(train, args.model, steps, 2, args.batch // 2, args.length, rate, seed, packed=False)
             caches, saved = self._scratch / "caches", self._scratch / "saved"
-            told = spec(work, caches, saved, eval_steps=max(1, steps // EVALUATIONS), **VARIANTS.get(name, {}))
+            if name == "fp32" and args.on_gpu:
+                launch = rival("trl_script.py", "--pure", "--valid", str(valid))(whole(work), caches, saved)
+            else:
+                told = spec(work, caches, saved, eval_steps=max(1, steps // EVALUATIONS), **VARIANTS.get(name, {}))
+                launch = Launch(processes.trainer_command(), {**told, "validation_file": str(valid)})
             said = processes.run(
-                processes.trainer_command(),
-                caches=caches,
-                timeout_s=args.timeout,
-                spec={**told, "validation_file": str(valid)},
-                on_gpu=args.on_gpu,
+                launch.command, caches=caches, timeout_s=args.timeout, spec=launch.spec, on_gpu=args.on_gpu
             )
             shutil.rmtree(saved, ignore_errors=True)
             run = {"variant": name, "rate": rate, **training_result.result(said, on_gpu=args.on_gpu)}
@@ -123,6 +127,11 @@ class Bench:
         new = out.with_name(out.name + ".new")
         new.write_text(json.dumps(report, indent=1) + "\n")
         new.replace(out)
+
+
+def whole(work: Work) -> Work:
+    """A step in one pass: the same gradients, sooner."""
+    return replace(work, micro=work.batch, accumulation=1)
 
 
 def compared(runs: list[dict[str, Any]], rate: float) -> dict[str, Any] | None:
@@ -177,14 +186,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="conversations a step, an even number")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rates", type=lambda text: [float(part) for part in text.split(",")], default=[2e-5, 2e-4])
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(VARIANTS))
+    parser.add_argument("--only", type=lambda text: text.split(","), help=f"of {', '.join(VARIANTS)}, {UNTRAINED}")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds a process may take")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, do the others")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
     args.on_gpu = processes.has_gpu() if args.device == "auto" else args.device == "gpu"
-    if unknown := set(args.only) - set(VARIANTS):
+    # On CPU `adamw` is the default itself.
+    args.only = args.only or [name for name in (*VARIANTS, UNTRAINED) if args.on_gpu or name != "adamw"]
+    if unknown := set(args.only) - {*VARIANTS, UNTRAINED}:
         parser.error(f"no variant is called {', '.join(sorted(unknown))}")
     return args
 

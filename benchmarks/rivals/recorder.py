@@ -75,6 +75,10 @@ class Voice:
             peak_memory_bytes=peak_memory_bytes(),
         )
 
+    def evaluated(self, step: int, loss: float) -> None:
+        """The mean over the answers' tokens of rows that nobody trains on."""
+        self._say(type="evaluation", step=step, eval_loss=loss)
+
     def saved(self, folder: Path) -> None:
         """The tuned model is on disk."""
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -122,6 +122,37 @@ def test_the_masters_take_part_in_every_step(make_spec: MakeSpec, tmp_path: Path
     assert stepper.step(rows[:4], 1, lambda: False).loss != before
 
 
+class Replayed(Stepper):
+    """From its second pass on like a GPU's graphs: gradients are filled, and nothing of autograd runs."""
+
+    def _pass(self, one: passes.Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
+        if not self.weights.gradients:
+            return super()._pass(one, scale, first=first)
+        for piece in self.weights.gradients:
+            piece.fill_(0.5)
+        return self._zero(), self._zero(torch.long)
+
+
+def test_gradients_of_a_replayed_graph_are_the_models(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    model, stepper = trainer.bare_model(), Replayed(trainer.bare_model(), torch.float32, recompute=False, most=8)
+    stepper.step(rows[:4], 1, lambda: False)
+    model.zero_grad()  # as the Trainer does after each step
+    stepper.step(rows[:4], 1, lambda: False)
+    assert all(p.grad is not None and p.grad.eq(0.5).all() for p in model.parameters())
+
+
+def test_masters_may_have_several_number_formats(make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]) -> None:
+    """Unsloth keeps the norms of a 16-bit model in 32 bits on some GPUs."""
+    trainer, _ = build(make_spec, tmp_path, rows)
+    model = trainer.bare_model().to(torch.bfloat16)
+    model.model.norm.float()
+    Stepper(model, torch.bfloat16, recompute=False, most=8).step(rows[:4], 1, lambda: False)
+    assert all(p.grad.dtype == p.dtype and p.grad.any() for p in model.parameters())
+
+
 def test_a_cancel_is_obeyed_between_two_passes(make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]) -> None:
     trainer, _ = build(make_spec, tmp_path, rows)
     asked: list[bool] = []
@@ -306,6 +337,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(
     assert "step 1" in outcome.last.message
     assert "training.learning_rate" in outcome.last.message
     assert not outcome.of("checkpoint")
+
+
+def test_a_step_without_a_gradient_ends_the_run(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder.Weights, "show_gradients", lambda self: None)
+    outcome = run_here(make_spec(tmp_path, training={"max_steps": 3}))
+    assert (outcome.status, outcome.last.code) == (1, "trainer_error")
+    assert "the gradient of step 1 is zero" in outcome.last.message
 
 
 def test_a_bad_row_is_named(run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from shared.trainer_protocol import Checkpoint, Evaluation, Metrics
 from shared.training_spec import Resolved, TrainerSpec
 from worker.training import checkpoint, engine, model, sharding
 from worker.training.data import Example
-from worker.training.failures import Diverged
+from worker.training.failures import Diverged, NoGradient
 from worker.training.heap import HeapTrimmer
 from worker.training.parallel import Alone
 from worker.training.progress import Progress, times_due
@@ -260,6 +260,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     def _demand_finite(self, step: int, loss: float, norm: float) -> None:
         # fp16 runs meet infinite gradients on purpose: the loss scaler looks for them and skips the step.
         norm_matters = self._resolved.precision != "fp16"
+        if norm_matters and norm == 0 and loss > 0:
+            raise NoGradient(
+                f"the gradient of step {step} is zero though its loss is {loss:g}: nothing would be learned, which is "
+                "a fault of Anneal. Checkpoints published before are kept"
+            )
         if math.isfinite(loss) and (math.isfinite(norm) or not norm_matters):
             return
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"

@@ -141,8 +141,9 @@ class Weights:
         self.rotary = Rotary(self.config, dtype, self.embedding.device)
         self._gradients: list[torch.Tensor] = []
         """Of each master, parts of `gradients`; kept for the life of the run."""
-        self.gradients = torch.empty(0)
-        """All of them in one piece, which can be summed over processes at once; empty before the first pass."""
+        self.gradients: list[torch.Tensor] = []
+        """All of them, those of a number format in one piece, which can be summed over processes at once; none before
+        the first step."""
         self._first = True
 
     def refresh(self) -> None:
@@ -153,33 +154,40 @@ class Weights:
                 torch._foreach_copy_([view for view, _ in pairs], [master.detach() for _, master in pairs])
 
     def backward(self, loss: torch.Tensor, *, first: bool) -> None:
-        """Add the gradients of `loss` to the masters' (`.grad`); the first pass of a step replaces them.
+        """Add the gradients of `loss` to `gradients`; the first pass of a step replaces them.
 
         Each leaf's gradient is handed over as soon as it is whole, so that no two of them are held at once.
         """
         self._make_gradients()
         self._first = first
         loss.backward()
-        self._show_gradients()
 
     def clear_gradients(self) -> None:
         """The gradients of a step without a pass."""
         self._make_gradients()
-        self.gradients.zero_()
-        self._show_gradients()
+        for piece in self.gradients:
+            piece.zero_()
+
+    def show_gradients(self) -> None:
+        """Make `gradients` the masters' `.grad`, which the Trainer takes away after each step.
+
+        Not `backward`'s work: the pass that filled them may be a graph, which runs nothing of Python.
+        """
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.grad = gradient
 
     def _make_gradients(self) -> None:
         if self._gradients:
             return
-        sizes = [-(-master.numel() // ALIGNED) * ALIGNED for master in self._masters]
-        first = self._masters[0]
-        self.gradients = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        parts = zip(self.gradients.split(sizes), self._masters, strict=True)
-        self._gradients = [part[: master.numel()].view(master.shape) for part, master in parts]
-
-    def _show_gradients(self) -> None:
-        for master, gradient in zip(self._masters, self._gradients, strict=True):
-            master.grad = gradient
+        parts: dict[int, torch.Tensor] = {}
+        for dtype in dict.fromkeys(master.dtype for master in self._masters):
+            alike = [(number, master) for number, master in enumerate(self._masters) if master.dtype == dtype]
+            sizes = [-(-master.numel() // ALIGNED) * ALIGNED for _, master in alike]
+            piece = torch.zeros(sum(sizes), dtype=dtype, device=self.embedding.device)
+            self.gradients.append(piece)
+            for (number, master), part in zip(alike, piece.split(sizes), strict=True):
+                parts[number] = part[: master.numel()].view(master.shape)
+        self._gradients = [parts[number] for number in range(len(self._masters))]
 
     def open(self, layer: Layer) -> Layer:
         """The layer with its weights at hand, for the time of one computation."""

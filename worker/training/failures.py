@@ -7,6 +7,7 @@
     ├── BadTemplate            incompatible_chat_template
     ├── UnsupportedSetting     unsupported_setting
     ├── Diverged               diverged
+    ├── NoGradient             trainer_error
     └── DiskFull               disk_full
 
 Everything else becomes `out_of_memory` or `trainer_error` in `describe`.
@@ -28,6 +29,8 @@ OUT_OF_MEMORY_SIGNS = (
     "std::bad_alloc",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "could not create a primitive",  # oneDNN, whose only word it is: its primitives hold buffers
+    "could not create a memory object",
 )
 
 
@@ -60,6 +63,10 @@ class BadTemplate(TrainingFailed):
 
 class UnsupportedSetting(TrainingFailed):
     code = "unsupported_setting"
+
+
+class NoGradient(TrainingFailed):
+    """A loss without a gradient: the run would look well and learn nothing."""
 
 
 class Diverged(TrainingFailed):

@@ -8,6 +8,7 @@ then on the whole of it is one launch, however slow the host. So that shapes rep
 nothing is learned from.
 """
 
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ SHORT_RUN = 4096
 """Tokens up to which the head's products take no time that counts."""
 MOST_GRAPHS = 64
 """Shapes whose graphs are kept. They share their memory."""
+WARM_UP_VOCABULARY, WARM_UP_ROWS = 1024, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ class GpuLayout:
 
 
 def padded(number: int) -> int:
-    """A number of tokens that few different ones share: an eighth of the power of two below, at least 512, apart."""
-    stride: int = max(512, 2 ** int(math.log2(max(number, 1))) // 8)
+    """A number of tokens that few different ones share: 512 apart, in long runs a thirty-second of the power of two
+    below. An eighth cost 7% of the rate at 32,768 tokens a step (docs/experiments.md)."""
+    stride: int = max(512, 2 ** int(math.log2(max(number, 1))) // 32)
     return -(-number // stride) * stride
 
 
@@ -64,8 +67,8 @@ def shape_of(one: Pass, tiles: varlen.Tiles, *, first: bool) -> Shape:
     query_tiles = 2 * tokens // varlen.TILE  # conversations of half a tile on average
     while query_tiles < len(tiles.queries):
         query_tiles *= 2
-    # In short runs the head is cheap and a graph more is not; in long ones an eighth of it counts.
-    learned = tokens if tokens <= SHORT_RUN else -(-len(one.targets) // (tokens // 8)) * (tokens // 8)
+    # In short runs the head is cheap and a graph more is not; in long ones a sixteenth of it counts.
+    learned = tokens if tokens <= SHORT_RUN else -(-len(one.targets) // (tokens // 16)) * (tokens // 16)
     return Shape(
         tokens=tokens,
         prefix=one.prefix,
@@ -96,8 +99,10 @@ class Inputs:
         ):
             numbers[at : at + part.size] = part.ravel()
             at += size
-        first_target = 2 * shape.tokens + shape.learned
-        numbers[first_target + len(one.targets) : first_target + shape.learned] = step.NO_TARGET
+        # Padding among the learned: tokens of its own each, for many gradients to one row are added one by one.
+        learned, target = 2 * shape.tokens + len(one.learned), 2 * shape.tokens + shape.learned
+        numbers[learned:target] = np.arange(shape.learned - len(one.learned))
+        numbers[target + len(one.targets) : target + shape.learned] = step.NO_TARGET
         self._numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         self.scale.fill_(scale)
 
@@ -204,6 +209,7 @@ class GraphStepper(step.Stepper):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._met: set[Shape] = set()
         self._inputs_of: dict[Shape, Inputs] = {}
         self._graphs: dict[Shape, Any] = {}
         self._pool: Any = None
@@ -219,13 +225,12 @@ class GraphStepper(step.Stepper):
         tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))
         shape = shape_of(one, tiles, first=first)
         graph = self._graphs.get(shape)
-        again = shape in self._inputs_of
-        if not again and len(self._inputs_of) < MOST_GRAPHS:
-            self._inputs_of[shape] = Inputs(shape, self._device)
         inputs = self._inputs_of.get(shape) or Inputs(shape, self._device)
         inputs.fill(one, tiles, scale)
-        if graph is None and again:
+        if graph is None and shape in self._met and len(self._graphs) < MOST_GRAPHS:
+            self._inputs_of[shape] = inputs
             graph = self._graphs[shape] = self._record(inputs)
+        self._met.add(shape)
         if graph is None:
             self._compute(inputs)
         else:
@@ -248,9 +253,17 @@ class GraphStepper(step.Stepper):
 
 
 def warm_up(folder: Path) -> None:
-    """Compile, or read from the compilers' caches, what a model of this folder's shape is computed with."""
+    """Compile, or read from the compilers' caches, what a model of this folder's shape is computed with.
+
+    With few layers and few tokens in its vocabulary, for the memory is a running job's.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    targets = torch.zeros(WARM_UP_ROWS, dtype=torch.int32, device="cuda")
+    # First and by itself: the compiler tunes it for the sizes it meets first.
+    _softmax_loss(torch.zeros(WARM_UP_ROWS, config.vocab_size, dtype=torch.bfloat16, device="cuda"), targets)
     config.num_hidden_layers = 1
+    config.vocab_size = WARM_UP_VOCABULARY
+    config.pad_token_id = None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).cuda()
@@ -260,5 +273,7 @@ def warm_up(folder: Path) -> None:
         for count in (1, 2, 2):  # with a shared beginning and without; as a graph
             stepper.step(rows[:count], 40, lambda: False)
         torch.cuda.synchronize()
+        del stepper
     del model
+    gc.collect()
     torch.cuda.empty_cache()

@@ -93,13 +93,9 @@ class Warm:
         files = _state_of(folder)
         model.load_tokenizer(folder)  # for what is imported on the way
         if hardware.is_gpu:
-            import torch
-
             from worker.training import gpu
 
             gpu.warm_up(folder)
-            gc.collect()
-            torch.cuda.empty_cache()  # what the warm-up took is the running job's again
             for path in folder.glob("*.safetensors"):
                 _read(path)
         elif model.position_limit(folder) is not None:  # without, Unsloth's rotary embedding depends on the length

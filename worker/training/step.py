@@ -65,7 +65,7 @@ class Stepper:
     @property
     def gradients(self) -> Sequence[torch.Tensor]:
         """What `step` leaves to be summed over the ranks."""
-        return [self.weights.gradients]
+        return self.weights.gradients
 
     def step(self, rows: Sequence[Example], learned: int, should_stop: Callable[[], bool]) -> Sums:
         """The loss of these rows, and its gradient over `learned` as the parameters' `.grad`.
@@ -82,6 +82,7 @@ class Stepper:
             loss, correct, first = loss + found[0], correct + found[1], False
         if first:  # none of the step's conversations is ours
             self.weights.clear_gradients()
+        self.weights.show_gradients()
         return Sums(loss, correct, learned)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed

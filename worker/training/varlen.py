@@ -22,6 +22,8 @@ TILE = 64
 """Queries or keys of one program."""
 PREFIX_SPLIT = 512
 """Queries per program that add up the gradient of the shared beginning's keys: it is everybody's, so many take part."""
+MOST_PARTIAL_SUMS = 1024
+"""Of tiles of the beginning; each takes memory. With a long beginning its own tiles are programs enough."""
 LOG2_E = 1.4426950408889634
 
 
@@ -40,12 +42,13 @@ class Tiles:
 def tiles(prefix: int, lengths: Sequence[int], total: int) -> Tiles:
     """Of a run of `total` tokens, of which those after the prefix and the lengths are padding."""
     queries, keys = [], []
-    splits, used = prefix_splits(total), prefix + sum(lengths)
+    splits, used = prefix_splits(prefix, total), prefix + sum(lengths)
+    each = -(-total // splits)
     for number, first in enumerate(range(0, prefix, TILE)):
         end = min(first + TILE, prefix)
         queries.append((first, end, 0, 0))
         for split in range(splits):
-            start, until = max(split * PREFIX_SPLIT, first), min((split + 1) * PREFIX_SPLIT, used)
+            start, until = max(split * each, first), min((split + 1) * each, used)
             keys.append((first, end, start, max(start, until), number * splits + split))
     own = prefix
     for length in lengths:
@@ -61,14 +64,15 @@ def tiles(prefix: int, lengths: Sequence[int], total: int) -> Tiles:
     return Tiles(np.array(queries, dtype=np.int32), np.array(keys, dtype=np.int32))
 
 
-def prefix_splits(total: int) -> int:
+def prefix_splits(prefix: int, total: int) -> int:
     """Programs that share the queries for one tile of the prefix's keys."""
-    return -(-total // PREFIX_SPLIT)
+    blocks = -(-prefix // TILE)
+    return min(-(-total // PREFIX_SPLIT), max(MOST_PARTIAL_SUMS // max(blocks, 1), 1))
 
 
 def prefix_tiles(prefix: int, total: int) -> int:
     """Tiles of keys that the prefix takes."""
-    return -(-prefix // TILE) * prefix_splits(total)
+    return -(-prefix // TILE) * prefix_splits(prefix, total)
 
 
 @triton.jit
@@ -210,7 +214,7 @@ def _backward_keys(qkv, d_out, logsumexp, delta, d_qkv, partial, keys, stride, o
             tl.store(d_qkv + rows * stride + (H + group) * D + d[None], d_k.to(kind), real)
             tl.store(d_qkv + rows * stride + (H + K + group) * D + d[None], d_v.to(kind), real)
         else:
-            place = (slot * M + tl.arange(0, M))[:, None] * (2 * K * D) + group * D + d[None]
+            place = (slot.to(tl.int64) * M + tl.arange(0, M))[:, None] * (2 * K * D) + group * D + d[None]
             tl.store(partial + place, d_k, is_d[None] & (n < start + M)[:, None])
             tl.store(partial + place + K * D, d_v, is_d[None] & (n < start + M)[:, None])
 
@@ -239,7 +243,7 @@ def backward(
     tokens, _, size = qkv.shape
     d_qkv = torch.empty_like(qkv)
     delta = torch.empty_like(logsumexp)
-    blocks, splits = -(-prefix // TILE), prefix_splits(tokens)
+    blocks, splits = -(-prefix // TILE), prefix_splits(prefix, tokens)
     partial = torch.empty(max(blocks, 1), splits, TILE, 2 * groups, size, dtype=torch.float32, device=qkv.device)
     scales = (size**-0.5 * LOG2_E, size**-0.5)
     rest = (heads, groups, size, _block(size), TILE)
