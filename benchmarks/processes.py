@@ -173,7 +173,7 @@ def _hand_over_when_ready(
     assert child.stdin is not None
     child.stdin.write(json.dumps(order).encode() + b"\n")
     child.stdin.flush()  # and stays open: its end would be the trainer's
-    while not (Path(order["folder"]) / READY).exists():  
+    while not (Path(order["folder"]) / READY).exists():
         if child.poll() is not None:
             return time.monotonic()
         time.sleep(0.02)

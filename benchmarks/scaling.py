@@ -1,6 +1,6 @@
 """How much faster several GPUs train than one: tokens a second of `training.gpus` 1, 2, 4 …, and the ratios.
 
-    python3 benchmarks/scaling.py --model FOLDER [--gpus 1,2] --out FILE
+    python3 benchmarks/scaling.py --model FOLDER [--gpus 1,2] [--sharding on] --out FILE
 
 Packed rows of 2048 tokens, 16 of them a step for each GPU, so that a GPU has the same to do whatever their number. The
 numbers take turns, in rounds, each run in a process of its own. The rate is the steady one: the first 20 steps are left
@@ -54,7 +54,7 @@ def one(args: argparse.Namespace, gpus: int, number: int, data: Path, scratch: P
         processes.trainer_command(),
         caches=caches,
         timeout_s=args.timeout,
-        spec=contenders.spec(work, caches, saved, gpus=gpus),
+        spec=contenders.spec(work, caches, saved, gpus=gpus, **({"sharding": args.sharding} if gpus > 1 else {})),
         on_gpu=args.on_gpu,
         gpus=gpus,
     )
@@ -95,6 +95,7 @@ def table(runs: list[dict[str, Any]], rows: int) -> str:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
+    parser.add_argument("--sharding", choices=("auto", "on", "off"), default="auto", help="of several GPUs")
     parser.add_argument("--model", type=Path, help="folder; without it SmolLM2-135M-Instruct from its package")
     parser.add_argument("--data", type=Path, help="Alpaca rows; without it they are made up")
     parser.add_argument("--runs", type=int, default=3, help="of each number of GPUs")

@@ -54,6 +54,10 @@ class TrainingSpec(BaseModel):
     """GPUs of one host that share each step: its conversations are dealt out, gradients added up. Batch, losses and
     checkpoints are those of one GPU. Fails where the worker sees fewer; where it sees none, so many processes share
     the CPU."""
+    sharding: Literal["auto", "on", "off"] = "auto"
+    """Whether each of several GPUs keeps a part of the weights, gradients and moments only, instead of all of them;
+    for models too large for one. Slower, the same numbers; the optimizer is then `adamw`. `auto`: only if one GPU has
+    no room for them."""
     max_seq_length: Annotated[StrictInt, Field(ge=32, le=131072)] = 2048
     """Tokens; longer conversations are cut and the job says how many."""
     packing: Literal["none", "rows"] = "none"
@@ -177,6 +181,8 @@ class Resolved(BaseModel):
     gradient_accumulation_steps: int
     max_seq_length: int
     gpus: int = 1
+    sharding: str = "off"
+    """`on` or `off`."""
     precision: str
     master_weights: str
     optimizer: str

@@ -1,10 +1,11 @@
 """A tiny Llama, its data, and the trainer's spec for them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 # Unsloth patches what is imported after it, so it must come before the tests' own transformers.
@@ -68,3 +69,25 @@ def make_spec(tiny_base: Path, training_file: Path) -> MakeSpec:
 def run_here() -> Callable[[TrainerSpec], Outcome]:
     """One attempt in this process: the same code without the cost of importing it again."""
     return trainers.run_here
+
+
+@pytest.fixture(scope="session")
+def alone(make_spec: MakeSpec, validation_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run of one process that several are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    spec = make_spec(folder, validation_file=str(validation_file), training=trainers.TRAINING)
+    outcome = trainers.run_here(spec)
+    assert outcome.status == 0, outcome.last
+    return outcome
+
+
+@pytest.fixture
+def processes() -> Iterator[list[psutil.Process]]:
+    """All that a test has started; none may be left at its end."""
+    found: list[psutil.Process] = []
+    yield found
+    assert found
+    _, left = psutil.wait_procs(found, timeout=10)
+    for process in left:
+        process.kill()
+    assert not left

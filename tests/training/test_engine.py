@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from shared.training_spec import Resolved
 from tests.training.conftest import MakeSpec, Outcome
 from tests.training.tiny_llama import write_jsonl
-from worker.training import data, decoder, head, passes, resolve, templates
+from worker.training import data, decoder, head, passes, resolve, step, templates
 from worker.training.attention import MOST_QUERIES
+from worker.training.operations import CpuOperations
+from worker.training.parallel import Alone
 from worker.training.resolve import Hardware
+from worker.training.sharding import ShardedStepper
 from worker.training.step import Abandoned, Stepper
 
 CPU = Hardware("cpu", is_gpu=False, computes_bf16=False)
@@ -225,11 +228,16 @@ def test_plain_decoders_are_computed_as_transformers_computes_them(
     wanted = torch.autograd.grad(loss, list(model.parameters()))
     [one] = passes.plan(rows, len(rows))
     assert one.prefix == prefix
-    sums = Stepper(model, torch.float32, recompute=False, most=len(rows)).step(rows, 1, lambda: False)
-    assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
-        assert gradient.any(), name
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()), name
+    in_shards = ShardedStepper(  # of which there is one
+        model, torch.float32, Alone(), CpuOperations(), step.arguments_of, recompute=True, most=len(rows)
+    )
+    for stepper in (in_shards, Stepper(model, torch.float32, recompute=False, most=len(rows))):
+        model.zero_grad()
+        sums = stepper.step(rows, 1, lambda: False)
+        assert sums.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
+            assert gradient.any(), name
+            assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max()), name
 
 
 def test_a_decoder_that_asks_for_more_is_not_plain() -> None:

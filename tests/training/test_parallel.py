@@ -5,85 +5,38 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from shared.trainer_protocol import parse
-from shared.training_spec import TrainerSpec, TrainingSpec
+from shared.training_spec import TrainingSpec
 from tests.training.conftest import MakeSpec
 from tests.training.test_engine import Owner, build
-from tests.training.trainers import Outcome, TrainerProcess, run_here
-from worker.training import data, parallel, passes
+from tests.training.trainers import (
+    STEPS,
+    TRAINING,
+    Outcome,
+    assert_close,
+    assert_same,
+    at_step,
+    run_here,
+    start,
+    weights,
+)
+from worker.training import data, loop, parallel, passes
 from worker.training.checkpoint import verify
 from worker.training.environment import GPUS_IN_SIGHT, gpus_of, trainer_environment
-from worker.training.ranks import Peers
+from worker.training.failures import UnsupportedSetting
+from worker.training.loop import Run
+from worker.training.ranks import Peers, Place
 from worker.training.reporter import Reporter
+from worker.training.stopping import StopRequests
 
 pytestmark = pytest.mark.slow
-
-STEPS = 7
-TRAINING: dict[str, Any] = {"max_steps": STEPS, "precision": "fp32", "learning_rate": 1e-3, "save_steps": 3}
-"""Five steps an epoch; a batch of 8 shared by 2."""
-
-
-@pytest.fixture(scope="module")
-def alone(make_spec: MakeSpec, validation_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    folder = tmp_path_factory.mktemp("alone")
-    outcome = run_here(make_spec(folder, validation_file=str(validation_file), training=TRAINING))
-    assert outcome.status == 0, outcome.last
-    return outcome
-
-
-@pytest.fixture
-def processes() -> Iterator[list[psutil.Process]]:
-    """All that a test has started; none may be left at its end."""
-    found: list[psutil.Process] = []
-    yield found
-    assert found
-    _, left = psutil.wait_procs(found, timeout=10)
-    for process in left:
-        process.kill()
-    assert not left
-
-
-def start(
-    processes: list[psutil.Process], spec: TrainerSpec, folder: Path, until: Callable[[Any], bool]
-) -> TrainerProcess:
-    """A trainer that has said so much, and the processes that it consists of."""
-    trainer = TrainerProcess(spec, folder)
-    leader = psutil.Process(trainer.process.pid)
-    processes.append(leader)
-    trainer.read_until(until)
-    processes += leader.children(recursive=True)
-    return trainer
-
-
-def at_step(step: int) -> Callable[[Any], bool]:
-    return lambda message: message.type == "metrics" and message.step == step
-
-
-def assert_same(found: list[Any], expected: list[Any]) -> None:
-    """Metrics of the same steps."""
-    for one, other in zip(found, expected, strict=True):
-        assert (one.step, one.tokens, one.learning_rate) == (other.step, other.tokens, other.learning_rate)
-        assert one.loss == pytest.approx(other.loss, abs=1e-5)
-        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
-        assert one.mean_token_accuracy == pytest.approx(other.mean_token_accuracy, abs=0.02)
-
-
-def weights(outcome: Outcome, number: int = -1) -> dict[str, torch.Tensor]:
-    return load_file(Path(outcome.of("checkpoint")[number].path) / "model.safetensors")
-
-
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, other[name], atol=2e-4), name
 
 
 def test_two_processes_do_what_one_does_and_any_number_goes_on(
@@ -369,3 +322,32 @@ def test_a_last_word_that_nobody_reads_ends_the_run_too() -> None:
     peers = Peers(Reporter(2))
     peers.settle()
     peers.settle()
+
+
+@pytest.mark.parametrize(
+    ("error", "place", "waits"),
+    [
+        (RuntimeError("Connection closed by peer"), Place(0, 2, {}), True),
+        (UnsupportedSetting("no"), Place(0, 2, {}), False),
+        (MemoryError(), Place(0, 2, {}), False),
+        (RuntimeError("Connection closed by peer"), None, False),
+    ],
+)
+def test_a_rank_that_lost_another_one_lets_the_reason_be_told(
+    error: Exception,
+    place: Place | None,
+    waits: bool,
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_run: Run) -> None:
+        raise error
+
+    slept: list[float] = []
+    monkeypatch.setattr(Run, "_run", fail)
+    monkeypatch.setattr(loop.time, "sleep", slept.append)
+    with (tmp_path / "said").open("wb") as stream:
+        reporter = Reporter(stream.fileno())
+        assert Run(make_spec(tmp_path), reporter, StopRequests(reporter), place=place).attempt() == 1
+    assert bool(slept) == waits

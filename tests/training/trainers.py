@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from shared.trainer_protocol import Message, parse
 from shared.training_spec import TrainerSpec
 from worker.training.loop import Run
@@ -129,3 +134,44 @@ def run_here(
         finally:
             os.chdir(before)  # the trainer moves to its work_dir
     return Outcome([parse(line) for line in said_file.read_bytes().splitlines()], status)
+
+
+# What several processes are compared by.
+
+STEPS = 7
+TRAINING: dict[str, Any] = {"max_steps": STEPS, "precision": "fp32", "learning_rate": 1e-3, "save_steps": 3}
+"""Five steps an epoch; a batch of 8 to be shared."""
+
+
+def start(
+    processes: list[psutil.Process], spec: TrainerSpec, folder: Path, until: Callable[[Any], bool]
+) -> TrainerProcess:
+    """A trainer that has said so much, and the processes that it consists of."""
+    trainer = TrainerProcess(spec, folder)
+    leader = psutil.Process(trainer.process.pid)
+    processes.append(leader)
+    trainer.read_until(until)
+    processes += leader.children(recursive=True)
+    return trainer
+
+
+def at_step(step: int) -> Callable[[Any], bool]:
+    return lambda message: message.type == "metrics" and message.step == step
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    """Metrics of the same steps."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one.step, one.tokens, one.learning_rate) == (other.step, other.tokens, other.learning_rate)
+        assert one.loss == pytest.approx(other.loss, abs=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        assert one.mean_token_accuracy == pytest.approx(other.mean_token_accuracy, abs=0.02)
+
+
+def weights(outcome: Outcome, number: int = -1) -> dict[str, torch.Tensor]:
+    return load_file(Path(outcome.of("checkpoint")[number].path) / "model.safetensors")
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], atol=2e-4), name

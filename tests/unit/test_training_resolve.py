@@ -15,6 +15,7 @@ from worker.training.resolve import (
     Hardware,
     Needs,
     advice,
+    kept_bytes,
     longest_conversation,
     packed_row_length,
     resolve,
@@ -210,9 +211,10 @@ def test_a_pass_holds_what_fits_whether_or_not_that_divides_the_batch(
 
 def test_two_passes_fit_a_gpu_at_once_for_a_graph_keeps_the_memory_of_one() -> None:
     left = SMALL.token * ROW_TOKENS * 1000
-    memory = int(4.5 * SMALL.weights) + left
+    held = kept_bytes(SMALL)
+    memory = held + left
     gpu = Hardware("any", is_gpu=True, computes_bf16=True, memory_bytes=memory)
-    taken = tokens_per_pass(gpu, SMALL, recompute=False, precision="bf16") * SMALL.token
+    taken = tokens_per_pass(gpu, SMALL, held, recompute=False, precision="bf16") * SMALL.token
     assert 0.6 * left < 2 * taken < 0.75 * left
     assert resolved({"batch_size": 1}, gpu).gradient_checkpointing is False
     tight = replace(gpu, memory_bytes=memory - left + 2 * SMALL.token * ROW_TOKENS)
@@ -263,3 +265,50 @@ def test_passes_on_cpu_are_no_longer_than_makes_them_fast() -> None:
     found = resolved({"batch_size": 64})
     assert found.micro_batch_size * ROW_TOKENS <= FAST_ENOUGH_CPU
     assert resolved({"batch_size": 64, "micro_batch_size": 64}).micro_batch_size == 64, "the client's choice stays"
+
+
+LARGE = Needs(weights=4 * 8_000_000_000, token=6_400_000, token_recomputed=930_000, can_be_sharded=True)
+"""A model of 8B parameters: 144 GB of masters, gradients, moments and copies."""
+H100 = replace(GPU, memory_bytes=80 * 10**9)
+H100_TWICE = replace(GPU, memory_bytes=160 * 10**9)
+
+
+def sharding_of(training: dict[str, Any], hardware: Hardware, needs: Needs = LARGE) -> tuple[str, str, bool | str]:
+    spec = make_spec(training)
+    found = resolve(
+        spec, hardware, lengths=[2048] * 99, longest=2048, needs=needs, has_validation=False, chat_template="chatml"
+    )
+    assert bool([text for text in advice(spec, found, 99) if "no 8-bit optimizer" in text]) == (
+        found.sharding == "on" and training.get("optimizer") != "adamw"
+    )
+    return found.sharding, found.optimizer, found.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("training", "hardware", "expected"),
+    [
+        ({"gpus": 2}, H100, ("on", "adamw", "unsloth")),
+        ({"gpus": 8}, H100, ("on", "adamw", False)),
+        ({"gpus": 2}, H100_TWICE, ("off", "adamw_8bit", "unsloth")),
+        ({"gpus": 2, "sharding": "on", "optimizer": "adamw"}, H100_TWICE, ("on", "adamw", False)),
+        ({"gpus": 2, "sharding": "off"}, H100, ("off", "adamw_8bit", "unsloth")),
+        ({}, H100, ("off", "adamw_8bit", "unsloth")),
+    ],
+)
+def test_a_model_is_kept_in_shards_where_one_gpu_has_no_room(
+    training: dict[str, Any], hardware: Hardware, expected: tuple[str, str, bool | str]
+) -> None:
+    assert sharding_of(training, hardware) == expected
+
+
+def test_shards_that_cannot_be_are_refused_and_never_chosen() -> None:
+    other = replace(LARGE, can_be_sharded=False)
+    assert sharding_of({"gpus": 2}, H100, other)[0] == "off"
+    for training, hardware, needs, message in (
+        ({"gpus": 1}, H100, LARGE, "needs training.gpus of at least 2"),
+        ({"gpus": 2}, H100, other, "the base model is none"),
+        ({"gpus": 2}, OLD_GPU, LARGE, "precision fp16"),
+    ):
+        with pytest.raises(UnsupportedSetting, match=message) as caught:
+            sharding_of({**training, "sharding": "on"}, hardware, needs)
+        assert caught.value.param == "training.sharding"

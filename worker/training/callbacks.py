@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from shared.trainer_protocol import Checkpoint, Evaluation, Metrics
 from shared.training_spec import Resolved, TrainerSpec
-from worker.training import checkpoint, engine, model
+from worker.training import checkpoint, engine, model, sharding
 from worker.training.data import Example
 from worker.training.failures import Diverged, NoGradient
 from worker.training.heap import HeapTrimmer
@@ -165,8 +165,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         broken = model.not_finite(bare)
         if broken is not None:
             raise self._diverged(step, f"weights of {broken} are not finite")
-        self._group.demand_same(bare, step)
+        sharded = sharding.is_sharded(bare)
+        if not sharded:  # else no two ranks have the same weights
+            self._group.demand_same(bare, step)
         if self._group.rank:
+            if sharded:
+                trainer.take_part_in_saving(bare, Path(self._spec.base_model_dir), resumable=resumable)
             return
 
         def write(folder: Path) -> None:

@@ -7,13 +7,13 @@ format are not copied: they become views of the same memory.
 
     embed → (norm, q k v, rotary, attention, o, add, norm, gate up, SwiGLU, down, add) x layers → norm → head's loss
 
-Which models are plain, and why nothing else may come here, is `is_plain`.
+Which models are plain, and why nothing else may come here, is `can_compute`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,20 @@ PLAIN_ROPE = frozenset({"default", "linear", "llama3"})
 
 def is_plain(model: Any) -> bool:
     """Whether this module computes what the model itself would: known architecture, no option beyond it."""
-    config = model.config
+    return can_compute(model.config, {name for name, _ in model.named_parameters()})
+
+
+def can_compute(config: Any, have: set[str]) -> bool:
+    """The same of a model with this configuration whose parameters have these names."""
     if config.model_type not in PLAIN_TYPES or getattr(config, "hidden_act", None) != "silu":
         return False
     if getattr(config, "attention_dropout", 0) or _windowed(config) or _rope_type(config) not in PLAIN_ROPE:
         return False
-    have = {name for name, _ in model.named_parameters()}
     return have == set(_names(config, have))
+
+
+Joined: TypeAlias = torch.Tensor | list[torch.Tensor]
+"""Weights whose products stand next to each other: in one piece, or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +54,52 @@ class Layer:
     """One layer's weights. Shapes: d hidden size, a query heads x head size, c key-value heads x head size, f inner."""
 
     norm_1: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Joined
     """[a + 2 c, d]"""
-    qkv_bias: torch.Tensor | None
+    qkv_bias: Joined | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     o: torch.Tensor
     norm_2: torch.Tensor
-    gate_up: torch.Tensor
+    gate_up: Joined
     """[2 f, d]"""
     down: torch.Tensor
 
     def parts(self) -> list[Any]:
         """In the order of the constructor."""
         return [getattr(self, name) for name in self.__slots__]
+
+
+def make_layer(have: Collection[str], leaf: Callable[..., Any], at: str = "") -> Layer:
+    """The layer of the parameters whose names begin with `at`; `leaf` makes one tensor of the named ones."""
+    attention, inner = f"{at}self_attn.", f"{at}mlp."
+
+    def optional(*names: str) -> Any:
+        return leaf(*names) if names[0] in have else None
+
+    return Layer(
+        norm_1=leaf(f"{at}input_layernorm.weight"),
+        qkv=leaf(*(f"{attention}{part}_proj.weight" for part in "qkv")),
+        qkv_bias=optional(*(f"{attention}{part}_proj.bias" for part in "qkv")),
+        q_norm=optional(f"{attention}q_norm.weight"),
+        k_norm=optional(f"{attention}k_norm.weight"),
+        o=leaf(f"{attention}o_proj.weight"),
+        norm_2=leaf(f"{at}post_attention_layernorm.weight"),
+        gate_up=leaf(f"{inner}gate_proj.weight", f"{inner}up_proj.weight"),
+        down=leaf(f"{inner}down_proj.weight"),
+    )
+
+
+class Rotary:
+    """Cosines and sines of positions, [t, head size / 2] each, in the products' format."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: Any) -> None:
+        self._dtype = dtype
+        self._inverse_frequencies, self._scale = _rope(config, device)
+
+    def __call__(self, positions_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions_t[:, None].float() * self._inverse_frequencies
+        return (angles.cos() * self._scale).to(self._dtype), (angles.sin() * self._scale).to(self._dtype)
 
 
 Places = list[tuple[int, tuple[int, int]]]
@@ -90,12 +129,16 @@ class Weights:
         self.embedding = self._leaf(parameters, [_EMBEDDING])
         self.padding_id = model.get_input_embeddings().padding_idx
         """A token that the model's own embedding gives no gradient as an input, even where it is no padding."""
-        self.layers = [self._layer(parameters, f"model.layers.{i}.") for i in range(self.config.num_hidden_layers)]
+
+        def leaf(*names: str) -> Any:
+            return self._late(parameters, list(names)) if self._lean else self._leaf(parameters, list(names))
+
+        layers = range(self.config.num_hidden_layers)
+        self.layers = [make_layer(parameters.keys(), leaf, f"model.layers.{index}.") for index in layers]
         self.norm = self._leaf(parameters, ["model.norm.weight"])
         self.head = self._leaf(parameters, [_HEAD]) if _HEAD in parameters else self.embedding
-        self.head_size = _head_size(self.config)
-        inverse, self._rope_scale = _rope(self.config, self.embedding.device)
-        self._inverse_frequencies = inverse
+        self.head_size = head_size(self.config)
+        self.rotary = Rotary(self.config, dtype, self.embedding.device)
         self._gradients: list[torch.Tensor] = []
         """Of each master, parts of `gradients`; kept for the life of the run."""
         self.gradients: list[torch.Tensor] = []
@@ -109,11 +152,6 @@ class Weights:
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([view for view, _ in pairs], [master.detach() for _, master in pairs])
-
-    def rotary(self, positions_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, [t, head size / 2] each, in the products' format."""
-        angles = positions_t[:, None].float() * self._inverse_frequencies
-        return (angles.cos() * self._rope_scale).to(self.dtype), (angles.sin() * self._rope_scale).to(self.dtype)
 
     def backward(self, loss: torch.Tensor, *, first: bool) -> None:
         """Add the gradients of `loss` to `gradients`; the first pass of a step replaces them.
@@ -170,27 +208,6 @@ class Weights:
                 target.copy_(part)
             else:
                 target.add_(part)
-
-    def _layer(self, parameters: dict[str, Any], at: str) -> Layer:
-        attention, inner = f"{at}self_attn.", f"{at}mlp."
-
-        def leaf(*names: str) -> Any:
-            return self._late(parameters, list(names)) if self._lean else self._leaf(parameters, list(names))
-
-        def optional(*names: str) -> Any:
-            return leaf(*names) if names[0] in parameters else None
-
-        return Layer(
-            norm_1=leaf(f"{at}input_layernorm.weight"),
-            qkv=leaf(*(f"{attention}{part}_proj.weight" for part in "qkv")),
-            qkv_bias=optional(*(f"{attention}{part}_proj.bias" for part in "qkv")),
-            q_norm=optional(f"{attention}q_norm.weight"),
-            k_norm=optional(f"{attention}k_norm.weight"),
-            o=leaf(f"{attention}o_proj.weight"),
-            norm_2=leaf(f"{at}post_attention_layernorm.weight"),
-            gate_up=leaf(f"{inner}gate_proj.weight", f"{inner}up_proj.weight"),
-            down=leaf(f"{inner}down_proj.weight"),
-        )
 
     def _leaf(self, parameters: dict[str, Any], names: list[str]) -> torch.Tensor:
         """One tensor for the named masters, below each other."""
@@ -261,7 +278,7 @@ class Decoder:
         recompute: keep no activations between the layers; compute them again on the way back.
     """
 
-    def __init__(self, weights: Weights, operations: Operations, *, recompute: bool = False) -> None:
+    def __init__(self, weights: Any, operations: Operations, *, recompute: bool = False) -> None:
         self.weights = weights
         self._do = operations
         self._recompute = recompute
@@ -298,13 +315,13 @@ class Decoder:
         cos: torch.Tensor,
         sin: torch.Tensor,
         layout: Layout,
-        layer: Layer,
+        layer: Any,
     ) -> Hidden:
         do, config, layer = self._do, self.weights.config, self.weights.open(layer)
         eps, size = config.rms_norm_eps, self.weights.head_size
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         hidden, normal = do.add_norm(hidden, delta, layer.norm_1, eps)
-        qkv = F.linear(normal, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * groups, size)
+        qkv = product(normal, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * groups, size)
         if layer.q_norm is not None:
             assert layer.k_norm is not None
             q, k, v = qkv.split((heads, groups, groups), dim=1)
@@ -312,7 +329,15 @@ class Decoder:
             qkv = torch.cat((q, k, v), dim=1)
         attended = do.attention(qkv, cos, sin, layout, heads, groups)
         hidden, normal = do.add_norm(hidden, F.linear(attended.flatten(1), layer.o), layer.norm_2, eps)
-        return hidden, F.linear(do.swiglu(F.linear(normal, layer.gate_up)), layer.down)
+        return hidden, F.linear(do.swiglu(product(normal, layer.gate_up)), layer.down)
+
+
+def product(x: torch.Tensor, weight: Joined, bias: Joined | None = None) -> torch.Tensor:
+    """x by each of the weights, next to each other."""
+    if not isinstance(weight, list):
+        return F.linear(x, weight, bias)
+    biases = bias or [None] * len(weight)
+    return torch.cat([F.linear(x, one, its) for one, its in zip(weight, biases, strict=True)], dim=-1)
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -355,14 +380,14 @@ def _rope(config: Any, device: torch.device) -> tuple[torch.Tensor, float]:
     """(inverse frequencies, [head size / 2]; what cosines and sines are multiplied by)."""
     kind = _rope_type(config)
     if kind == "default":
-        size = _head_size(config)
+        size = head_size(config)
         powers = torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size
         return 1.0 / (config.rope_parameters["rope_theta"] ** powers), 1.0
     inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
     return inverse.to(device), float(scale)
 
 
-def _head_size(config: Any) -> int:
+def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -372,7 +397,7 @@ def activation_bytes(config: Any, *, recompute: bool) -> int:
     Source: counted from `_layer`: its input, both norms' outputs and inputs, q k v, the attention's output, gate, up
     and their product; with `recompute` one layer of these and each other layer's input.
     """
-    size = _head_size(config)
+    size = head_size(config)
     qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * size
     layer = 5 * config.hidden_size + 2 * qkv + config.num_attention_heads * size + 3 * config.intermediate_size
     layers = config.num_hidden_layers

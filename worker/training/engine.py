@@ -21,16 +21,20 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, disable_progress_bars
 from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.serialization import config as serialization
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from shared.training_spec import Resolved
-from worker.training import decoder, passes
+from worker.training import decoder, moments, passes, sharding, step
+from worker.training import model as models
 from worker.training.checkpoint import RESUME_FILES
 from worker.training.data import IGNORED, Example, order_of_epoch
 from worker.training.data_plan import DataPlan
 from worker.training.failures import is_out_of_memory
-from worker.training.parallel import Alone
+from worker.training.operations import CpuOperations
+from worker.training.parallel import Alone, Together
+from worker.training.sharding import ShardedStepper
 from worker.training.step import Abandoned, Stepper
 
 EVALUATION_TOKENS = 4096
@@ -144,7 +148,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
     step_order: StepOrder
     plan: DataPlan
     counts: Counts
-    stepper: Stepper | None
+    stepper: Stepper | ShardedStepper | None
     """None: the model or the number format is not plain, and Unsloth's own forward and loss are used."""
     _globalstep_last_logged: int
     """The Trainer's own."""
@@ -184,7 +188,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         mine = self.group.share(rows)
         if self.stepper is not None:
             sums = self.stepper.step(mine, learned, self.owner.is_cancelled)
-            loss, correct = self.group.add_up(self.stepper.weights.gradients, sums.loss, sums.correct)
+            loss, correct = self.group.add_up(self.stepper.gradients, sums.loss, sums.correct)
             self.counts.learned += learned
             self.counts.correct += correct
             return loss / learned
@@ -202,6 +206,28 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             if parameter.grad is None or not mine:
                 parameter.grad = torch.zeros_like(parameter)
         return self.group.add_up([parameter.grad for parameter in trained], loss if mine else loss * 0, 0)[0]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes up what a checkpoint has, however many ranks made it and with however many bits."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if sharding.is_sharded(self.model):
+            sharding.keep_one_format(optimizer)
+        elif self.args.optim == OPTIMIZERS["adamw_8bit"]:
+            moments.take_either(optimizer)
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if sharding.is_sharded(self.model):
+            sharding.fill(self.bare_model(), Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with serialization.patch({"load.mmap": sharding.is_sharded(self.model)}):  # needs some rows and reads no others
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return sharding.whole(super()._get_grad_norm(model, grad_norm=grad_norm))
 
     def _maybe_log_save_evaluate(
         self,
@@ -262,6 +288,13 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         self.state.save_to_json(str(folder / "trainer_state.json"))
         missing = [name for name in RESUME_FILES if not (folder / name).exists()]
         assert not missing, f"the engine saved no {missing}"
+
+    def take_part_in_saving(self, bare: Any, base: Path, *, resumable: bool) -> None:
+        """What a rank that writes nothing does while rank 0 puts together a model in shards, in the same order."""
+        for _ in models.whole_tensors(bare, base):
+            pass
+        if resumable:
+            self.optimizer.state_dict()
 
     def bare_model(self) -> Any:
         """The model without the wrappers of the engine."""
@@ -346,21 +379,30 @@ def build(
     return engine
 
 
-def make_stepper(engine: Engine, resolved: Resolved) -> Stepper | None:
+def make_stepper(engine: Engine, resolved: Resolved) -> Stepper | ShardedStepper | None:
     """Our own passes, where they compute what the engine's would."""
-    model = engine.bare_model()
+    model, on_gpu = engine.bare_model(), engine.args.device.type == "cuda"
     if resolved.precision == "fp16" or not decoder.is_plain(model):
         return None
+    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    recompute, most = bool(resolved.gradient_checkpointing), engine.pass_rows
+    if sharding.is_sharded(model):
+        assert isinstance(engine.group, Together)
+        assert engine.args.world_size == 1, "the Trainer would share the work out once more"
+        if on_gpu:
+            from worker.training import gpu
+
+            chunk_rows = gpu.SMALL_CHUNK_ROWS if recompute else gpu.CHUNK_ROWS
+            computes: Any = (gpu.GpuOperations(chunk_rows), gpu.arguments_of)
+        else:
+            computes = (CpuOperations(), step.arguments_of)
+        return ShardedStepper(
+            model, dtype, engine.group, *computes, recompute=recompute, most=most, most_tokens=engine.pass_tokens
+        )
     kind = Stepper
-    if engine.args.device.type == "cuda":
+    if on_gpu:
         from worker.training.gpu import GraphStepper as kind
-    return kind(
-        model,
-        torch.bfloat16 if resolved.precision == "bf16" else torch.float32,
-        recompute=bool(resolved.gradient_checkpointing),
-        most=engine.pass_rows,
-        most_tokens=engine.pass_tokens,
-    )
+    return kind(model, dtype, recompute=recompute, most=most, most_tokens=engine.pass_tokens)
 
 
 def add_callback(engine: Engine, callback: TrainerCallback) -> None:
@@ -393,7 +435,8 @@ def _evaluate_share(engine: Engine, rows: list[Example], should_stop: Callable[[
         try:
             return _evaluate(engine, rows, batch_tokens, should_stop)
         except Exception as error:
-            if not is_out_of_memory(error) or batch_tokens <= longest:
+            alone = not isinstance(engine.stepper, ShardedStepper)  # else other ranks would not try again with us
+            if not alone or not is_out_of_memory(error) or batch_tokens <= longest:
                 raise
         batch_tokens //= 2
         if torch.cuda.is_available():

@@ -106,9 +106,16 @@ class Inputs:
         self._numbers.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
         self.scale.fill_(scale)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Of `Decoder.loss`."""
+    def arguments(self) -> step.Arguments:
         return self.ids, self.positions, self.layout, self.learned, self.targets
+
+
+def arguments_of(one: Pass) -> step.Arguments:
+    """On the GPU, for one time."""
+    tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))
+    inputs = Inputs(shape_of(one, tiles, first=True), torch.device("cuda"))
+    inputs.fill(one, tiles, 1.0)
+    return inputs.arguments()
 
 
 class GpuOperations:
@@ -211,12 +218,8 @@ class GraphStepper(step.Stepper):
     def _operations(self, *, recompute: bool) -> Any:
         return GpuOperations(SMALL_CHUNK_ROWS if recompute else CHUNK_ROWS)
 
-    def _inputs(self, one: Pass) -> tuple[Any, ...]:
-        tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))
-        shape = shape_of(one, tiles, first=True)
-        inputs = Inputs(shape, self._device)
-        inputs.fill(one, tiles, 1.0)
-        return inputs.arguments()
+    def _inputs(self, one: Pass) -> step.Arguments:
+        return arguments_of(one)
 
     def _pass(self, one: Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
         tiles = varlen.tiles(one.prefix, one.lengths, padded(len(one.ids)))

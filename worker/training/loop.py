@@ -7,18 +7,21 @@ import contextlib
 import importlib.metadata
 import os
 import sys
+import time
 from pathlib import Path
 
 from shared.trainer_protocol import Done, Message, Started
 from shared.training_spec import Resolved, TrainerSpec
 from worker.training import checkpoint, data, data_plan, memory, resolve, templates, token_cache
 from worker.training.data_plan import DataPlan
-from worker.training.failures import BadBaseModel, UnsupportedSetting, describe
+from worker.training.failures import BadBaseModel, TrainingFailed, UnsupportedSetting, describe
 from worker.training.ranks import Peers, Place
 from worker.training.reporter import Reporter
 from worker.training.standby import Warm
 from worker.training.stopping import StopRequests
 
+REASON_LIMIT_S = 10.0
+"""How long a rank that lost another one waits to be ended by whoever knows why."""
 REPORTED_VERSIONS = ("torch", "transformers", "trl", "unsloth", "unsloth_zoo", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -51,7 +54,10 @@ class Run:
             import traceback
 
             traceback.print_exc(file=sys.stderr)
-            self._end(describe(error, self.spec.training, self.running))
+            failed = describe(error, self.spec.training, self.running)
+            if self.place is not None and failed.code == "trainer_error" and not isinstance(error, TrainingFailed):
+                time.sleep(REASON_LIMIT_S)  # most likely another rank is gone; what it says about it says more
+            self._end(failed)
             return 1
         return 0
 
@@ -82,7 +88,7 @@ class Run:
         self._gather()
         prepare_work_dir(spec.work_dir)
         from worker.training import engine  # isort: skip - imports unsloth, which must come first
-        from worker.training import callbacks, model, parallel
+        from worker.training import callbacks, model, parallel, sharding
         from worker.training.step import Abandoned
 
         # Load.
@@ -113,13 +119,19 @@ class Run:
             for warning in resolve.advice(spec, resolved, len(rows)):
                 self.reporter.warn(warning)
 
-        weights = self.warm.load_model(
-            base,
-            hardware,
-            max_seq_length=resolved.max_seq_length,
-            master_weights=resolved.master_weights,
-            gradient_checkpointing=resolved.gradient_checkpointing,
-        )
+        if resolved.sharding == "on":
+            assert isinstance(group, parallel.Together)
+            weights = sharding.load_model(
+                base, group, precision=resolved.precision, master_weights=resolved.master_weights
+            )
+        else:
+            weights = self.warm.load_model(
+                base,
+                hardware,
+                max_seq_length=resolved.max_seq_length,
+                master_weights=resolved.master_weights,
+                gradient_checkpointing=resolved.gradient_checkpointing,
+            )
         trainer = engine.build(weights, tokenizer, rows, resolved, Path(spec.work_dir), plan, group)
         first_step, tokens_before = self._where_to_resume()
         callback = callbacks.RunCallback(

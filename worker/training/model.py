@@ -8,6 +8,7 @@ are the base's with the chat template that was trained on.
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,10 @@ def needs(folder: Path) -> Needs:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        parameters = sum(math.prod(weight.shape) for weight in list_weights(folder))
+        weights = list_weights(folder)
         return Needs(
-            weights=4 * parameters,
+            weights=4 * sum(math.prod(weight.shape) for weight in weights),
+            can_be_sharded=decoder.can_compute(config, {weight.name for weight in weights}),
             token=decoder.activation_bytes(config, recompute=False),
             token_recomputed=decoder.activation_bytes(config, recompute=True),
         )
@@ -167,29 +169,42 @@ def save_model(model: Any, base: Path, target: Path, template: Template) -> None
     """
     from safetensors.torch import save_file
 
-    state = model.state_dict()
-    tensors = {}
-    for weight in list_weights(base):
-        tensor = state.get(weight.name)
-        if tensor is None or tuple(tensor.shape) != weight.shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise BadBaseModel(f"{weight.name} is {found} after loading, its file says {weight.shape}", "model")
-        tensors[weight.name] = tensor.detach().cpu().contiguous()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_tensors(model, base)}
     save_file(tensors, str(target / WEIGHTS), metadata={"format": "pt"})
     dtype = str(max(tensors.values(), key=lambda tensor: tensor.numel()).dtype).removeprefix("torch.")
     _save_configuration(base, target, dtype, template, model.config.eos_token_id)
     _save_tokenizer(base, target, template)
 
 
+def whole_tensors(model: Any, base: Path) -> Iterator[tuple[str, Any]]:
+    """What the base's files hold, as it is now. All ranks of a model in shards must go through it together.
+
+    Raises:
+        BadBaseModel: the model in memory has other tensors than the base's files.
+    """
+    from worker.training import sharding
+
+    state = model.state_dict()
+    for weight in list_weights(base):
+        tensor = state.get(weight.name)
+        if tensor is None or tuple(tensor.shape) != weight.shape:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise BadBaseModel(f"{weight.name} is {found} after loading, its file says {weight.shape}", "model")
+        yield weight.name, sharding.whole(tensor)
+
+
 def not_finite(model: Any) -> str | None:
-    """The name of a parameter that holds a NaN or an infinity, None if there is none.
+    """The name of a parameter that holds a NaN or an infinity, None if this rank has none.
 
     One pass over the weights that allocates nothing, with one wait for the device: the smallest and the largest
     value of a tensor are NaN if any value is.
     """
     import torch
 
-    named = [(name, parameter.detach()) for name, parameter in model.named_parameters() if parameter.numel()]
+    from worker.training import sharding
+
+    everything = ((name, sharding.own(parameter.detach())) for name, parameter in model.named_parameters())
+    named = [(name, values) for name, values in everything if values.numel()]
     extremes = torch.stack([torch.stack(torch.aminmax(values)).float() for _, values in named])
     broken = (~extremes.isfinite().all(dim=1)).nonzero()
     return named[int(broken[0])][0] if len(broken) else None

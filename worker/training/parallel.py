@@ -8,16 +8,17 @@ have computed, but for rounding. Weights start equal and stay so, for all ranks 
 gradients. Sums are taken in 32 bits or more.
 
 The groups here are torch's backends without its default group: the Trainer and Unsloth ask for that one, and would
-share the work out once more.
+share the work out once more. Only a model in shards (`sharding`) has it, for FSDP can't do without.
 """
 
-import time
+import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
 
 from worker.training import passes
 from worker.training.data import Example
@@ -28,8 +29,6 @@ LIMIT = timedelta(minutes=30)
 """How long ranks wait for one that neither comes nor dies: it may be writing a large checkpoint to a slow disk."""
 BUCKET_NUMBERS = 2**26
 """Gradients that are put together for one sum, where they are not in one piece already."""
-REASON_LIMIT_S = 10.0
-"""How long a rank that lost another one waits to be ended by whoever knows why."""
 
 
 class RanksDiffer(TrainingFailed):
@@ -53,6 +52,10 @@ class Alone:
         """Sums over the ranks; None if a rank has None."""
         return numbers
 
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        return number
+
     def agree(self, cancelled: bool, interrupted: bool) -> tuple[bool, bool]:
         """What rank 0 says."""
         return cancelled, interrupted
@@ -70,6 +73,7 @@ class Together(Alone):
 
     def __init__(self, place: Place) -> None:
         self.rank, self.world = place.rank, place.world
+        self._place = place
         options = distributed.ProcessGroupGloo._Options()
         options._timeout = LIMIT
         make = distributed.ProcessGroupGloo
@@ -85,6 +89,20 @@ class Together(Alone):
             store = distributed.PrefixStore("nccl", place.store)
             self._device = torch.device("cuda")
             self._gpus = distributed.ProcessGroupNCCL(store, self.rank, self.world, fast)
+
+    def mesh(self) -> DeviceMesh:
+        """The ranks as FSDP takes them. Makes torch's default group, of which accelerate must not have been told."""
+        kind = self._device.type
+        if self._place.is_one_host:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        distributed.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=distributed.PrefixStore("default", self._place.store),
+            rank=self.rank,
+            world_size=self.world,
+            timeout=LIMIT,
+        )
+        return DeviceMesh.from_group(distributed.group.WORLD, kind)
 
     def share(self, rows: Sequence[Example]) -> list[Example]:
         return passes.share(rows, self.rank, self.world)
@@ -110,20 +128,20 @@ class Together(Alone):
         stopped, *found = sums.tolist()
         return None if stopped else (found[0], found[1], found[2])
 
+    def most(self, number: int) -> int:
+        return int(self._largest(torch.tensor([number]))[0])
+
     def agree(self, cancelled: bool, interrupted: bool) -> tuple[bool, bool]:
         said = torch.tensor([cancelled, interrupted], dtype=torch.int32)
         options = distributed.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
-        self._wait(lambda: self._hosts.broadcast([said], options))
+        self._hosts.broadcast([said], options).wait()
         first, second = said.tolist()
         return bool(first), bool(second)
 
     def demand_same(self, model: Any, step: int) -> None:
         found = checksum(model)
-        extremes = torch.tensor([found, -found])
-        options = distributed.AllreduceOptions()
-        options.reduceOp = distributed.ReduceOp.MAX
-        self._wait(lambda: self._hosts.allreduce([extremes], options))
+        extremes = self._largest(torch.tensor([found, -found]))
         most, least = int(extremes[0]), -int(extremes[1])
         if most != least:
             raise RanksDiffer(
@@ -133,16 +151,15 @@ class Together(Alone):
                 "training.gpus",
             )
 
-    def _sum(self, group: Any, tensor: torch.Tensor) -> None:
-        self._wait(lambda: group.allreduce([tensor]))
+    def _largest(self, numbers: torch.Tensor) -> torch.Tensor:
+        options = distributed.AllreduceOptions()
+        options.reduceOp = distributed.ReduceOp.MAX
+        self._hosts.allreduce([numbers], options).wait()
+        return numbers
 
-    def _wait(self, begin: Any) -> None:
-        """For the host's work, or have the GPU wait for its own."""
-        try:
-            begin().wait()
-        except RuntimeError:
-            time.sleep(REASON_LIMIT_S)  # most likely a rank has failed; what it says about it is the better message
-            raise
+    def _sum(self, group: Any, tensor: torch.Tensor) -> None:
+        """For the host's work it is waited here, for the GPU's on the GPU."""
+        group.allreduce([tensor]).wait()
 
 
 def join(place: Place | None) -> Alone:

@@ -17,6 +17,10 @@ SHARE_FOR_ACTIVATIONS_CPU = 0.7
 """Of the memory left; the rest is for what comes and goes within a layer and for the loss."""
 SHARE_FOR_ACTIVATIONS_GPU = SHARE_FOR_ACTIVATIONS_CPU / 2
 """CUDA graphs keep the memory of one pass in a pool of their own, and a pass of a new shape runs beside it."""
+WHOLE_AT_ONCE = 0.4
+"""Of a model in shards, in weights of 32 bits: what is whole at some moment. Of an 8B-parameter Llama's embedding and
+head the weights (a sixteenth), the head's gradient in 32 bits (another), both gradients in 16 and, to be summed, in 32
+(three); two layers are the rest."""
 MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 BF16_LOSES_UPDATES_BELOW = 1e-4
 
@@ -43,6 +47,7 @@ class Needs:
     """Kept between forward and backward pass for each token, in 16 bits, without gradient checkpointing."""
     token_recomputed: int
     """The same with it."""
+    can_be_sharded: bool = False
 
 
 def longest_conversation(spec: TrainerSpec, position_limit: int | None) -> int:
@@ -82,13 +87,15 @@ def resolve(
     """
     training = spec.training
     precision = _precision(spec, hardware)
+    sharded = _sharded(spec, hardware, needs, max(lengths), precision)
+    held = kept_bytes(needs, training.gpus if sharded else 1)
     begun = begun_with if begun_with is not None and begun_with.hardware == hardware.name else None
     recompute: str | bool = training.gradient_checkpointing
     if recompute == "auto":
-        recompute = begun.gradient_checkpointing if begun else _checkpointing(hardware, needs, max(lengths))
+        recompute = begun.gradient_checkpointing if begun else _checkpointing(hardware, needs, max(lengths), held)
     asked = training.tokens_per_pass
     kept = begun.tokens_per_pass if begun else None
-    fitting = kept or tokens_per_pass(hardware, needs, recompute=bool(recompute), precision=precision)
+    fitting = kept or tokens_per_pass(hardware, needs, held, recompute=bool(recompute), precision=precision)
     most_tokens = fitting if asked == "auto" else asked
     batch, micro, accumulation = training.resolved_batch(round(most_tokens / (sum(lengths) / len(lengths))))
     is_limit = training.chooses_micro_batch or asked != "auto"
@@ -115,10 +122,11 @@ def resolve(
             "gradient_accumulation_steps": accumulation,
             "max_seq_length": longest,
             "gpus": training.gpus,
+            "sharding": "on" if sharded else "off",
             "tokens_per_pass": min(most_tokens, largest) if is_limit else None,
             "precision": precision,
             "master_weights": training.master_weights,
-            "optimizer": training.optimizer if hardware.is_gpu else "adamw",
+            "optimizer": training.optimizer if hardware.is_gpu and not sharded else "adamw",
             "gradient_checkpointing": recompute,
             "chat_template": chat_template,
             "packing": training.packing,
@@ -163,6 +171,11 @@ def advice(spec: TrainerSpec, resolved: Resolved, rows: int) -> list[str]:
             else f"Neither n_epochs nor training.max_steps was given: training stops after {resolved.max_steps} steps, "
             f"which sees 100% of the {rows} training rows, {resolved.n_epochs:g} times."
         )
+    if resolved.sharding == "on" and spec.training.optimizer != resolved.optimizer:
+        warnings.append(
+            f"The model is kept in shards on {resolved.gpus} GPUs (training.sharding), for which there is no 8-bit "
+            "optimizer: adamw, with 32-bit moments, is used."
+        )
     if resolved.master_weights == "bf16" and resolved.learning_rate < BF16_LOSES_UPDATES_BELOW:
         warnings.append(
             f"training.master_weights is bf16 and the learning rate {resolved.learning_rate:g} is below "
@@ -206,20 +219,45 @@ def _precision(spec: TrainerSpec, hardware: Hardware) -> str:
     return chosen
 
 
-def tokens_per_pass(hardware: Hardware, needs: Needs, *, recompute: bool, precision: str) -> int:
+def tokens_per_pass(hardware: Hardware, needs: Needs, kept: int, *, recompute: bool, precision: str) -> int:
     """Tokens that a forward and backward pass may hold: as many as make it fast, and no more than fit."""
     token_bytes = (needs.token_recomputed if recompute else needs.token) * (2 if precision == "fp32" else 1)
-    fitting = int(_for_activations(hardware, needs)) // token_bytes
+    fitting = _room(hardware, kept) // token_bytes
     return max(min(fitting, FAST_ENOUGH_GPU if hardware.is_gpu else FAST_ENOUGH_CPU), 1)
 
 
-def _for_activations(hardware: Hardware, needs: Needs) -> float:
-    """Bytes that a pass may keep, of what masters, gradients, two moments and the weights in 16 bits leave."""
+def kept_bytes(needs: Needs, shards: int = 1) -> int:
+    """Masters, gradients, two moments, and the weights in 16 bits: all of them, or those at hand in one moment."""
+    if shards == 1:
+        return int(4.5 * needs.weights)
+    return int((4 / shards + WHOLE_AT_ONCE) * needs.weights)
+
+
+def _room(hardware: Hardware, kept: int) -> int:
+    """Bytes for a pass's activations."""
     share = SHARE_FOR_ACTIVATIONS_GPU if hardware.is_gpu else SHARE_FOR_ACTIVATIONS_CPU
-    return share * max(hardware.memory_bytes - int(4.5 * needs.weights), 0)
+    return int(share * max(hardware.memory_bytes - kept, 0))
 
 
-def _checkpointing(hardware: Hardware, needs: Needs, longest_row: int) -> str | bool:
+def _sharded(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int, precision: str) -> bool:
+    """`auto`: only if the longest row would not fit otherwise, whatever else is done."""
+    training = spec.training
+    possible = training.gpus > 1 and needs.can_be_sharded and precision != "fp16"
+    if training.sharding != "on":
+        fits = longest_row * needs.token_recomputed <= _room(hardware, kept_bytes(needs))
+        return possible and training.sharding == "auto" and not fits
+    if possible:
+        return True
+    reason = (
+        "needs training.gpus of at least 2"
+        if training.gpus == 1
+        else "is not available with training.precision fp16"
+        if needs.can_be_sharded
+        else "is available for plain Llama, Mistral, Qwen 2 and Qwen 3 models only, and the base model is none"
+    )
+    raise UnsupportedSetting(f"training.sharding on {reason}; use auto", "training.sharding")
+
+
+def _checkpointing(hardware: Hardware, needs: Needs, longest_row: int, kept: int) -> str | bool:
     """`auto`: only if the longest row would not fit otherwise."""
-    fits = longest_row * needs.token <= _for_activations(hardware, needs)
-    return False if fits else "unsloth"
+    return False if longest_row * needs.token <= _room(hardware, kept) else "unsloth"

@@ -32,6 +32,17 @@ class Sums:
     """Targets."""
 
 
+Arguments = tuple[Any, ...]
+"""Of `Decoder.loss`."""
+
+
+def arguments_of(one: Pass) -> Arguments:
+    """On the CPU."""
+    numbers = (one.ids, one.positions, one.learned, one.targets)
+    ids, positions, learned, targets = (torch.from_numpy(part).long() for part in numbers)
+    return ids, positions, attention.layout(one.prefix, one.lengths), learned, targets
+
+
 class Stepper:
     """Runs passes on the engine's model.
 
@@ -50,6 +61,11 @@ class Stepper:
         self._decoder = Decoder(self.weights, self._operations(recompute=recompute), recompute=recompute)
         self._most, self._most_tokens = most, most_tokens
         self._device = self.weights.embedding.device
+
+    @property
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """What `step` leaves to be summed over the ranks."""
+        return self.weights.gradients
 
     def step(self, rows: Sequence[Example], learned: int, should_stop: Callable[[], bool]) -> Sums:
         """The loss of these rows, and its gradient over `learned` as the parameters' `.grad`.
@@ -89,11 +105,8 @@ class Stepper:
         self.weights.backward(loss * scale, first=first)
         return loss.detach(), correct
 
-    def _inputs(self, one: Pass) -> tuple[Any, ...]:
-        """Arguments of `Decoder.loss`."""
-        numbers = (one.ids, one.positions, one.learned, one.targets)
-        ids, positions, learned, targets = (torch.from_numpy(part).long() for part in numbers)
-        return ids, positions, attention.layout(one.prefix, one.lengths), learned, targets
+    def _inputs(self, one: Pass) -> Arguments:
+        return arguments_of(one)
 
     def _zero(self, dtype: torch.dtype = torch.float32) -> Any:
         return torch.zeros((), dtype=dtype, device=self._device)
