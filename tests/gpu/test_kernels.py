@@ -18,7 +18,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 # Asked again: by the time that they run, other tests may have hidden the GPUs from this process.
 pytestmark = pytest.mark.skipif("not INTERPRETED and not torch.cuda.is_available()", reason="needs an NVIDIA GPU")
 
-from worker.training import attention, gpu, kernels, varlen  # noqa: E402
+from worker.training import attention, gpu, kernels, rounding, varlen  # noqa: E402
 from worker.training.operations import CpuOperations  # noqa: E402
 from worker.training.step import NO_TARGET  # noqa: E402
 
@@ -178,3 +178,12 @@ def test_the_heads_loss(chunk_rows: int) -> None:
     assert not d_a[~real.to(DEVICE)].any()
     with torch.no_grad():
         assert_close(operations.loss_sum(a, b, there_targets)[0], loss.detach())
+
+
+def test_rounding_by_thresholds() -> None:
+    master = random(rounding.PERIOD + 1001)
+    target, found = (torch.empty(len(master), dtype=torch.bfloat16) for _ in range(2))
+    rounding.copy(target, master)
+    found = found.to(DEVICE)
+    kernels.round_by_thresholds(found, master.to(DEVICE), rounding.thresholds(torch.device(DEVICE)))
+    assert torch.equal(found.cpu(), target)

@@ -398,6 +398,26 @@ def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(
     assert not is_used(base, usual, (base / "model.safetensors").touch)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("free_bytes", "waits_there"), [(80 * 10**9, True), (10**6, False)])
+def test_on_a_gpu_a_model_is_loaded_ahead_only_if_it_is_small_beside_a_job(
+    free_bytes: int, waits_there: bool, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.training import engine, model  # noqa: F401 - unsloth first
+    from worker.training.resolve import Hardware
+
+    done: list[str] = []
+    kernels = SimpleNamespace(warm_up=lambda folder: done.append("kernels"))
+    monkeypatch.setitem(sys.modules, "worker.training.gpu", kernels)
+    monkeypatch.setattr("worker.training.gpu", kernels, raising=False)
+    monkeypatch.setattr(
+        model, "hardware", lambda *_: Hardware("GPU", is_gpu=True, computes_bf16=True, memory_bytes=free_bytes)
+    )
+    monkeypatch.setattr(model, "load_model", lambda *_, **choices: done.append("model"))
+    Warm().load_ahead(tiny_base)
+    assert done == (["kernels", "model"] if waits_there else ["kernels"])
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_a_job_on_several_gpus_neither_takes_a_standby_nor_has_one_started_beside_it(

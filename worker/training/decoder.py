@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from worker.training import rounding
 from worker.training.attention import Layout
 from worker.training.operations import Operations
 
@@ -148,10 +149,17 @@ class Weights:
 
     def refresh(self) -> None:
         """Take over what the optimizer has done to the masters."""
-        pairs = [(view, master) for view, master in self._views if view.data_ptr() != master.data_ptr()]
-        if pairs:
-            with torch.no_grad():
-                torch._foreach_copy_([view for view, _ in pairs], [master.detach() for _, master in pairs])
+        with torch.no_grad():
+            for view, master in self._copies():
+                rounding.copy(view, master)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether there is anything to refresh."""
+        return bool(self._copies())
+
+    def _copies(self) -> list[tuple[torch.Tensor, torch.nn.Parameter]]:
+        return [(view, master) for view, master in self._views if view.data_ptr() != master.data_ptr()]
 
     def backward(self, loss: torch.Tensor, *, first: bool) -> None:
         """Add the gradients of `loss` to `gradients`; the first pass of a step replaces them.
@@ -258,7 +266,7 @@ class _Copy(torch.autograd.Function):  # type: ignore[misc]  # torch is not anal
             late.places[-1][1][1], *masters[0].shape[1:], dtype=late.weights.dtype, device=masters[0].device
         )
         for (_, (start, end)), master in zip(late.places, masters, strict=True):
-            joined[start:end].copy_(master)
+            rounding.copy(joined[start:end], master)
         return joined
 
     @staticmethod

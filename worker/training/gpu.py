@@ -10,6 +10,7 @@ nothing is learned from.
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,9 @@ class GraphStepper(step.Stepper):
         self._inputs_of: dict[Shape, Inputs] = {}
         self._graphs: dict[Shape, Any] = {}
         self._pool: Any = None
+        self._copying: Any = None
+        """The graph of `Weights.refresh`, a kernel for each parameter."""
+        self._refreshes = 0
         self._loss, self._correct = self._zero(), self._zero(torch.long)
 
     def _operations(self, *, recompute: bool) -> Any:
@@ -229,7 +233,7 @@ class GraphStepper(step.Stepper):
         inputs.fill(one, tiles, scale)
         if graph is None and shape in self._met and len(self._graphs) < MOST_GRAPHS:
             self._inputs_of[shape] = inputs
-            graph = self._graphs[shape] = self._record(inputs)
+            graph = self._graphs[shape] = self._record(lambda: self._compute(inputs))
         self._met.add(shape)
         if graph is None:
             self._compute(inputs)
@@ -237,11 +241,20 @@ class GraphStepper(step.Stepper):
             graph.replay()
         return self._loss.clone(), self._correct.clone()
 
-    def _record(self, inputs: Inputs) -> Any:
+    def _refresh(self) -> None:
+        self._refreshes += 1
+        if self._refreshes == 2 and self.weights.has_copies:
+            self._copying = self._record(super()._refresh)
+        if self._copying is None:
+            super()._refresh()
+        else:
+            self._copying.replay()
+
+    def _record(self, run: Callable[[], None]) -> Any:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._compute(inputs)
+            run()
         self._pool = graph.pool()
         return graph
 

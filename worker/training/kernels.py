@@ -189,3 +189,20 @@ def turn(source: Any, target: Any, cos: Any, sin: Any, turning: int, *, back: bo
         source, target, cos, sin, rows, heads, turning, -1.0 if back else 1.0, ROWS, _block(heads), size, size // 2,
         _block(size // 2), num_warps=4,
     )  # fmt: skip
+
+
+# bf16 copies of 32-bit weights
+
+
+@triton.jit
+def _round_by_thresholds(master, target, thresholds, numbers, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bits = tl.load(master + at, at < numbers, 0.0).to(tl.int32, bitcast=True)
+    bits = (bits + tl.load(thresholds + at % PERIOD)) & -65536
+    tl.store(target + at, bits.to(tl.float32, bitcast=True).to(target.dtype.element_ty), at < numbers)
+
+
+def round_by_thresholds(target: Any, master: Any, thresholds: Any) -> None:
+    """`worker.training.rounding.copy` on a GPU."""
+    numbers, block = master.numel(), 1024
+    _round_by_thresholds[(triton.cdiv(numbers, block),)](master, target, thresholds, numbers, len(thresholds), block)

@@ -32,6 +32,8 @@ READY = "ready"
 """The file in its folder that says that it waits."""
 LOADED_AHEAD = "the model was loaded ahead"
 READ_BYTES = 2**16
+SMALL_SHARE = 0.02
+"""Of the GPU's free memory: what a model may take that waits there for its job."""
 
 
 class StandbySpec(BaseModel):
@@ -82,10 +84,10 @@ class Warm:
         return model.load_model(folder, hardware, **choices)
 
     def load_ahead(self, folder: Path) -> None:
-        """Load what a job with the usual choices would load.
+        """Load what a job with the usual choices would load: the model, and for a GPU the kernels.
 
-        On CPU the model; for a GPU its files into the page cache and the kernels into this process, for the GPU's
-        memory belongs to the job that runs meanwhile.
+        The GPU's memory belongs to the job that runs meanwhile: of a model that is not small beside it only the files
+        are read, into the page cache.
         """
         from worker.training import model
 
@@ -96,9 +98,11 @@ class Warm:
             from worker.training import gpu
 
             gpu.warm_up(folder)
-            for path in folder.glob("*.safetensors"):
-                _read(path)
-        elif model.position_limit(folder) is not None:  # without, Unsloth's rotary embedding depends on the length
+            if model.needs(folder).weights > SMALL_SHARE * hardware.memory_bytes:
+                for path in folder.glob("*.safetensors"):
+                    _read(path)
+                return
+        if model.position_limit(folder) is not None:  # without, Unsloth's rotary embedding depends on the length
             self._model, self._files = model.load_model(folder, hardware, **_usual(folder)), files
 
     def forget(self) -> None:

@@ -73,7 +73,7 @@ class Stepper:
         Raises:
             Abandoned: `should_stop()` became true between two passes.
         """
-        self.weights.refresh()
+        self._refresh()
         loss, correct, first = self._zero(), self._zero(torch.long), True
         for one in passes.plan(rows, self._most, self._most_tokens):
             if not first and should_stop():
@@ -88,7 +88,7 @@ class Stepper:
     @torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
     def evaluate(self, rows: Sequence[Example], most_tokens: int, should_stop: Callable[[], bool]) -> Sums | None:
         """Loss and right answers over the rows; None if `should_stop()` became true meanwhile."""
-        self.weights.refresh()
+        self._refresh()
         loss, correct, learned = self._zero(), self._zero(torch.long), 0
         for one in passes.plan(rows, len(rows), most_tokens):
             if should_stop():
@@ -96,6 +96,9 @@ class Stepper:
             found = self._decoder.loss(*self._inputs(one))
             loss, correct, learned = loss + found[0], correct + found[1], learned + len(one.targets)
         return Sums(loss, correct, learned)
+
+    def _refresh(self) -> None:
+        self.weights.refresh()
 
     def _operations(self, *, recompute: bool) -> Any:
         return CpuOperations()
