@@ -45,8 +45,8 @@ class TrainingSpec(BaseModel):
     """Conversations per forward pass, at most; changes speed and memory, not gradients. `auto`: as many as are fast and
     fit, and the last pass of a step takes what is left."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given. With
-    `micro_batch_size: auto` the job shows how many passes make a step."""
+    """The same choice told as a factor: batch_size = micro_batch_size x this. Must agree if all three are given. Where
+    you choose neither the job shows how many passes make a step, unless `tokens_per_pass` makes them more."""
     tokens_per_pass: PositiveInt | Auto = "auto"  # noqa: S105 - no password
     """Tokens per forward pass, at most; a longer conversation has a pass of its own. Changes speed and memory, not
     gradients. `auto`: as many as are fast and fit, and as many as come where you choose the micro-batch."""
@@ -56,8 +56,8 @@ class TrainingSpec(BaseModel):
     the CPU."""
     sharding: Literal["auto", "on", "off"] = "auto"
     """Whether each of several GPUs keeps a part of the weights, gradients and moments only, instead of all of them;
-    for models too large for one. Slower, the same numbers; the optimizer is then `adamw`. `auto`: only if one GPU has
-    no room for them."""
+    for models too large for one. Slower; the optimizer is then `adamw`, and small changes show in the 16-bit copies
+    later (they are rounded to nearest). `auto`: only if one GPU has no room for them."""
     max_seq_length: Annotated[StrictInt, Field(ge=32, le=131072)] = 2048
     """Tokens; longer conversations are cut and the job says how many."""
     packing: Literal["none", "rows"] = "none"
@@ -76,7 +76,7 @@ class TrainingSpec(BaseModel):
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens the loss is taken over."""
     on_oom: Literal["adapt", "truncate", "fail"] = "adapt"
-    """When memory runs out. `adapt`: smaller micro-batches of the same batch, then gradient checkpointing, neither of
+    """When memory runs out. `adapt`: smaller passes over the same batch, then gradient checkpointing, neither of
     which changes a gradient. `truncate`: shorter sequences after that. `fail`: end the job and name what would fit."""
     eval_steps: PositiveInt | Auto = "auto"
     """Evaluate on `validation_file` this often, and always at the end. `auto`: at every checkpoint. A checkpoint that

@@ -43,6 +43,8 @@ def _alive(instance: Any, **_: Any) -> None:
     name = "-".join(sorted(instance.app.amqp.queues.consume_from))
     heartbeat.heartbeat_path(get_settings(), _child_name(name)).unlink(missing_ok=True)  # of a worker before us
     _begin(_WorkerHeartbeat(get_settings(), name))
+    if name == QUEUE_OF[TRAIN]:
+        compile_caches.bound(get_settings())  # here, for a pool's child that takes long to be up is killed
     ConsumerWatch(get_settings(), name).start()
 
 
@@ -60,7 +62,6 @@ def _child(**_: Any) -> None:
     name = _heartbeats[0].name
     _begin(Heartbeat(get_settings(), _child_name(name)))
     if name == QUEUE_OF[TRAIN]:
-        compile_caches.bound(get_settings())  # as long as there is no trainer
         standby.keep(get_settings())
 
 

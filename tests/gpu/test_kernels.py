@@ -187,3 +187,6 @@ def test_rounding_by_thresholds() -> None:
     found = found.to(DEVICE)
     kernels.round_by_thresholds(found, master.to(DEVICE), rounding.thresholds(torch.device(DEVICE)))
     assert torch.equal(found.cpu(), target)
+    no_number = torch.full((3000,), 2**31 - 1, dtype=torch.int32).view(torch.float32).to(DEVICE)  # as GPUs make them
+    kernels.round_by_thresholds(found[:3000], no_number, rounding.thresholds(torch.device(DEVICE)))
+    assert found[:3000].isnan().all()

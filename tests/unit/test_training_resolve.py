@@ -312,3 +312,27 @@ def test_shards_that_cannot_be_are_refused_and_never_chosen() -> None:
         with pytest.raises(UnsupportedSetting, match=message) as caught:
             sharding_of({**training, "sharding": "on"}, hardware, needs)
         assert caught.value.param == "training.sharding"
+
+
+def test_a_model_is_not_sharded_for_moments_that_it_does_not_keep() -> None:
+    """8-bit moments take a quarter of their weights; 32-bit ones twice as much as them."""
+    five_billion = replace(LARGE, weights=4 * 5_000_000_000)
+    assert sharding_of({"gpus": 2}, H100, five_billion)[0] == "off"
+    assert sharding_of({"gpus": 2, "optimizer": "adamw"}, H100, five_billion)[0] == "on"
+
+
+@pytest.mark.parametrize("began", ["on", "off"])
+def test_a_resumed_run_stays_whole_or_in_shards(began: str) -> None:
+    kept = data_plan.Sizes(hardware=GPU.name, tokens_per_pass=None, gradient_checkpointing=False, sharding=began)
+    for memory in (10**9, 10**15):
+        found = resolve(
+            make_spec({"gpus": 2}),
+            replace(GPU, memory_bytes=memory),
+            lengths=[2048] * 99,
+            longest=2048,
+            needs=LARGE,
+            has_validation=False,
+            chat_template="chatml",
+            begun_with=kept,
+        )
+        assert found.sharding == began

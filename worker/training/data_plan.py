@@ -27,6 +27,8 @@ class Sizes(BaseModel):
     tokens_per_pass: int | None
     """How many conversations a pass holds follows from it. None: from the client's choice."""
     gradient_checkpointing: str | bool
+    sharding: str | None = None
+    """None: of a version that had no shards, or did not keep it."""
 
 
 class DataPlan(BaseModel):

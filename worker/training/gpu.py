@@ -168,8 +168,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, chunk_rows: int, with_gradients: bool) -> Any:
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        d_hidden: Any = None
+        d_weight: Any = None
+        if with_gradients:
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         loss = torch.zeros((), device=weight.device)
         correct = torch.zeros((), dtype=torch.int64, device=weight.device)
         for start in range(0, len(hidden), chunk_rows):

@@ -197,9 +197,11 @@ def turn(source: Any, target: Any, cos: Any, sin: Any, turning: int, *, back: bo
 @triton.jit
 def _round_by_thresholds(master, target, thresholds, numbers, PERIOD: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = tl.load(master + at, at < numbers, 0.0).to(tl.int32, bitcast=True)
-    bits = (bits + tl.load(thresholds + at % PERIOD)) & -65536
-    tl.store(target + at, bits.to(tl.float32, bitcast=True).to(target.dtype.element_ty), at < numbers)
+    value = tl.load(master + at, at < numbers, 0.0)
+    bits = (value.to(tl.int32, bitcast=True) + tl.load(thresholds + at % PERIOD)) & -65536
+    # A carry could make a number of what is none.
+    rounded = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    tl.store(target + at, rounded.to(target.dtype.element_ty), at < numbers)
 
 
 def round_by_thresholds(target: Any, master: Any, thresholds: Any) -> None:

@@ -54,43 +54,46 @@ def below(training: TrainingSpec, resolved: dict[str, Any]) -> Rung | None:
     """The rung below, whether the client allows it or not."""
     if not resolved:
         return None
-    batch, micro = resolved["batch_size"], resolved["micro_batch_size"]
-    kept = {
-        "batch_size": batch,
-        "micro_batch_size": micro,
-        "gradient_accumulation_steps": batch // micro,
-        "gradient_checkpointing": training.gradient_checkpointing,
-    }
-    tokens = resolved.get("tokens_per_pass")
-    if micro > 1 and training.chooses_micro_batch and tokens is not None:
-        return Rung(
-            {
-                "batch_size": batch,
-                "tokens_per_pass": tokens // 2,
-                "gradient_checkpointing": training.gradient_checkpointing,
-            },
-            f"Memory ran out: training goes on with training.tokens_per_pass {tokens // 2} instead of {tokens}. The "
-            f"batch stays {batch}, so gradients are the same; steps may take longer.",
-            "training.tokens_per_pass",
-            f"set training.tokens_per_pass to {tokens // 2} (it was {tokens}), which changes no gradient",
-        )
-    if micro > 1:
-        smaller = max(size for size in range(1, micro // 2 + 1) if batch % size == 0)
-        return Rung(
-            {**kept, "micro_batch_size": smaller, "gradient_accumulation_steps": batch // smaller},
-            f"Memory ran out: training goes on with training.micro_batch_size {smaller} instead of {micro} and "
-            f"gradient_accumulation_steps {batch // smaller} instead of {batch // micro}. The batch stays {batch}, so "
-            "gradients are the same; steps may take longer.",
-            "training.micro_batch_size",
-            f"set training.micro_batch_size to {smaller} (it was {micro}) and gradient_accumulation_steps to "
-            f"{batch // smaller} (it was {batch // micro}), which changes no gradient",
-        )
+    batch, micro, tokens = resolved["batch_size"], resolved["micro_batch_size"], resolved.get("tokens_per_pass")
+    checkpointing = training.gradient_checkpointing
+    if training.chooses_micro_batch and tokens is not None:
+        kept = {"batch_size": batch, "tokens_per_pass": tokens, "gradient_checkpointing": checkpointing}
+        # A longer conversation has a pass of its own, so below the longest one no limit helps.
+        fewer = max(tokens // 2, resolved.get("longest_row", 1))
+        smallest = f"training.tokens_per_pass {tokens}"
+        if fewer < tokens:
+            return Rung(
+                {**kept, "tokens_per_pass": fewer},
+                f"Memory ran out: training goes on with training.tokens_per_pass {fewer} instead of {tokens}. The "
+                f"batch stays {batch}, so gradients are the same; steps may take longer.",
+                "training.tokens_per_pass",
+                f"set training.tokens_per_pass to {fewer} (it was {tokens}), which changes no gradient",
+            )
+    else:
+        kept = {
+            "batch_size": batch,
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": batch // micro,
+            "gradient_checkpointing": checkpointing,
+        }
+        smallest = "training.micro_batch_size 1"
+        if micro > 1:
+            smaller = max(size for size in range(1, micro // 2 + 1) if batch % size == 0)
+            return Rung(
+                {**kept, "micro_batch_size": smaller, "gradient_accumulation_steps": batch // smaller},
+                f"Memory ran out: training goes on with training.micro_batch_size {smaller} instead of {micro} and "
+                f"gradient_accumulation_steps {batch // smaller} instead of {batch // micro}. The batch stays {batch}, "
+                "so gradients are the same; steps may take longer.",
+                "training.micro_batch_size",
+                f"set training.micro_batch_size to {smaller} (it was {micro}) and gradient_accumulation_steps to "
+                f"{batch // smaller} (it was {batch // micro}), which changes no gradient",
+            )
     if resolved["gradient_checkpointing"] is False:
         return Rung(
             {**kept, "gradient_checkpointing": "unsloth"},
-            "Memory ran out with training.micro_batch_size 1: training goes on with gradient checkpointing, which "
-            f"computes activations twice instead of keeping them. The batch stays {batch}, so gradients are the same; "
-            "steps take about a third longer.",
+            f"Memory ran out with {smallest}: training goes on with gradient checkpointing, which computes activations "
+            f"twice instead of keeping them. The batch stays {batch}, so gradients are the same; steps take about a "
+            "third longer.",
             "training.gradient_checkpointing",
             "set training.gradient_checkpointing to true (it was off), which changes no gradient",
         )
@@ -101,7 +104,7 @@ def below(training: TrainingSpec, resolved: dict[str, Any]) -> Rung | None:
     return Rung(
         # Cut rows may be dropped, and then an epoch is shorter; the run must not end earlier for it.
         {**kept, "max_seq_length": shorter, "max_steps": resolved["max_steps"]},
-        f"Memory ran out with training.micro_batch_size 1 and gradient checkpointing: training goes on with "
+        f"Memory ran out with {smallest} and gradient checkpointing: training goes on with "
         f"training.max_seq_length {shorter} instead of {longest}, as on_oom: truncate asks. The batch stays {batch}, "
         "but longer conversations are cut.",
         "training.max_seq_length",

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from shared.trainer_protocol import Done, Message, Started
@@ -94,6 +95,8 @@ class Run:
         # Load.
         group = parallel.join(self.place)
         hardware = self.warm.hardware(spec.memory_limit_bytes, group.world)
+        # All decide by the memory of the rank that has least: on the first GPU others may live too.
+        hardware = replace(hardware, memory_bytes=-group.most(-hardware.memory_bytes))
         if spec.memory_limit_bytes is not None:
             share = 1 if hardware.is_gpu else group.world
             memory.limit(spec.memory_limit_bytes // share, is_gpu=hardware.is_gpu)

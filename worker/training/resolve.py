@@ -87,9 +87,9 @@ def resolve(
     """
     training = spec.training
     precision = _precision(spec, hardware)
-    sharded = _sharded(spec, hardware, needs, max(lengths), precision)
-    held = kept_bytes(needs, training.gpus if sharded else 1)
     begun = begun_with if begun_with is not None and begun_with.hardware == hardware.name else None
+    sharded = _sharded(spec, hardware, needs, max(lengths), precision, begun)
+    held = kept_bytes(needs, training.gpus if sharded else 1)
     recompute: str | bool = training.gradient_checkpointing
     if recompute == "auto":
         recompute = begun.gradient_checkpointing if begun else _checkpointing(hardware, needs, max(lengths), held)
@@ -124,6 +124,7 @@ def resolve(
             "gpus": training.gpus,
             "sharding": "on" if sharded else "off",
             "tokens_per_pass": min(most_tokens, largest) if is_limit else None,
+            "longest_row": max(lengths),
             "precision": precision,
             "master_weights": training.master_weights,
             "optimizer": training.optimizer if hardware.is_gpu and not sharded else "adamw",
@@ -151,6 +152,7 @@ def sizes(resolved: Resolved, hardware: Hardware) -> Sizes:
         hardware=hardware.name,
         tokens_per_pass=(resolved.model_extra or {})["tokens_per_pass"],
         gradient_checkpointing=resolved.gradient_checkpointing,
+        sharding=resolved.sharding,
     )
 
 
@@ -233,18 +235,29 @@ def kept_bytes(needs: Needs, shards: int = 1) -> int:
     return int((4 / shards + WHOLE_AT_ONCE) * needs.weights)
 
 
+def _least_bytes(spec: TrainerSpec, hardware: Hardware, needs: Needs) -> int:
+    """Masters, gradients and moments on one GPU, copies made when needed: no setting that was asked for takes less."""
+    masters = 1.0 if spec.training.master_weights == "fp32" else 0.5
+    moments = 0.5 if hardware.is_gpu and spec.training.optimizer == "adamw_8bit" else 2.0
+    return int((2 * masters + moments) * needs.weights)
+
+
 def _room(hardware: Hardware, kept: int) -> int:
     """Bytes for a pass's activations."""
     share = SHARE_FOR_ACTIVATIONS_GPU if hardware.is_gpu else SHARE_FOR_ACTIVATIONS_CPU
     return int(share * max(hardware.memory_bytes - kept, 0))
 
 
-def _sharded(spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int, precision: str) -> bool:
-    """`auto`: only if the longest row would not fit otherwise, whatever else is done."""
+def _sharded(
+    spec: TrainerSpec, hardware: Hardware, needs: Needs, longest_row: int, precision: str, begun: Sizes | None
+) -> bool:
+    """`auto`: only if the longest row would not fit otherwise, whatever else is done. A run stays what it was."""
     training = spec.training
     possible = training.gpus > 1 and needs.can_be_sharded and precision != "fp16"
     if training.sharding != "on":
-        fits = longest_row * needs.token_recomputed <= _room(hardware, kept_bytes(needs))
+        fits = longest_row * needs.token_recomputed <= _room(hardware, _least_bytes(spec, hardware, needs))
+        if begun is not None and begun.sharding is not None:
+            fits = begun.sharding == "off"
         return possible and training.sharding == "auto" and not fits
     if possible:
         return True

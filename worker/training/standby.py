@@ -4,8 +4,9 @@
     socket    file descriptor `ANNEAL_STANDBY_FD`: the job's TrainerSpec on one line with the descriptor of the job's
               lock; answered with TAKEN by a thread, whatever the imports are busy with
 
-From the hand-over on it is a trainer like any other. What it did ahead changes no bit of what it does then: a model is
-used only for a job that would load the very same one. Imports no torch before it is told to.
+From the hand-over on it is a trainer like any other. On CPU what it did ahead changes no bit of what it does then, on
+a GPU as little as kernels compiled earlier do: a model is used only for a job that would load the very same one.
+Imports no torch before it is told to.
 """
 
 import dataclasses
