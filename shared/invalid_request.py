@@ -20,9 +20,10 @@ def invalid_request(problems: Any) -> BadRequest:
     name = param or "the body"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return BadRequest(
-            f"unknown key {name!r}; remove it or check its spelling", param=param, code="unknown_parameter"
-        )
+        advice = "remove it or check its spelling"
+        if name == "extra_body":
+            advice = "it is the OpenAI SDK's; send what is in it beside the other keys"
+        return BadRequest(f"unknown key {name!r}; {advice}", param=param, code="unknown_parameter")
     if problem["type"] == "missing":
         return BadRequest(f"{name} is required", param=param, code="missing_required_parameter")
     if problem["type"] == "value_error":

@@ -104,6 +104,8 @@ class TrainingSpec(BaseModel):
             raise ValueError(f"batch_size={batch} can't be divided by gradient_accumulation_steps={accumulation}")
         if batch != "auto" and micro != "auto" and batch % micro:
             raise ValueError(f"batch_size={batch} can't be divided by micro_batch_size={micro}")
+        if self.sharding == "on" and self.gpus == 1:
+            raise ValueError("sharding=on needs gpus of at least 2, and it is 1; leave sharding out or set gpus")
         return self
 
     @property

@@ -51,6 +51,8 @@ def test_a_base_model_answers_to_its_alias(client: TestClient) -> None:
         ({"training_file": "file-nope"}, "training_file", "file-nope"),
         ({"validation_file": "file-nope"}, "validation_file", "file-nope"),
         ({"trainning": {}}, "trainning", "unknown key"),
+        ({"extra_body": {"training": {}}}, "extra_body", "send what is in it beside the other keys"),
+        ({"training": {"sharding": "on"}}, "training", "sharding=on needs gpus of at least 2, and it is 1"),
         ({"training": {"learning_rat": 1}}, "training.learning_rat", "unknown key"),
         ({"training": {"learning_rate": -1}}, "training.learning_rate", "-1"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate", "fast"),

@@ -305,7 +305,6 @@ def test_shards_that_cannot_be_are_refused_and_never_chosen() -> None:
     other = replace(LARGE, can_be_sharded=False)
     assert sharding_of({"gpus": 2}, H100, other)[0] == "off"
     for training, hardware, needs, message in (
-        ({"gpus": 1}, H100, LARGE, "needs training.gpus of at least 2"),
         ({"gpus": 2}, H100, other, "the base model is none"),
         ({"gpus": 2}, OLD_GPU, LARGE, "precision fp16"),
     ):

@@ -262,9 +262,7 @@ def _sharded(
     if possible:
         return True
     reason = (
-        "needs training.gpus of at least 2"
-        if training.gpus == 1
-        else "is not available with training.precision fp16"
+        "is not available with training.precision fp16"
         if needs.can_be_sharded
         else "is available for plain Llama, Mistral, Qwen 2 and Qwen 3 models only, and the base model is none"
     )
