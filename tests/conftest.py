@@ -1,5 +1,6 @@
 """Real parts for every test: SQLite and PostgreSQL, a Valkey, the application itself."""
 
+import gc
 import itertools
 import json
 import logging
@@ -31,6 +32,13 @@ from shared.settings import Settings, get_settings
 
 _numbers = itertools.count()
 TEMPLATE = "anneal_template"
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported to collect the tests: 800,000 objects of torch and others, and half
+    a second each time it looks at them, in which a generator that tests give half a second to live misses its beats."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
