@@ -101,10 +101,13 @@ def test_torchruns_processes_go_on_from_a_checkpoint_of_one(
 LONG = {**TRAINING, "max_steps": 5000, "save_steps": 5000, "gpus": 2}
 
 
+@pytest.mark.parametrize(
+    "training", [LONG, {**LONG, "sharding": "on", "micro_batch_size": 1}], ids=["equal ranks", "shards"]
+)
 def test_a_killed_peer_ends_the_run_and_says_so(
-    make_spec: MakeSpec, processes: list[psutil.Process], tmp_path: Path
+    training: dict[str, Any], make_spec: MakeSpec, processes: list[psutil.Process], tmp_path: Path
 ) -> None:
-    trainer = start(processes, make_spec(tmp_path, training=LONG), tmp_path, at_step(2))
+    trainer = start(processes, make_spec(tmp_path, training=training), tmp_path, at_step(2))
     began = time.monotonic()
     processes[1].send_signal(signal.SIGKILL)
     outcome = trainer.finish()

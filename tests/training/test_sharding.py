@@ -1,7 +1,6 @@
 """A model in shards trains as one that is whole: the same losses, the same files, one way on from either. On CPU."""
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.training.trainers import (
     Outcome,
     assert_close,
     assert_same,
-    at_step,
     run_here,
     run_process,
     start,
@@ -92,20 +90,6 @@ def test_shards_go_on_from_a_checkpoint_of_one(make_spec: MakeSpec, alone: Outco
     assert three.status == 0, three.stderr[-3000:]
     assert_same(three.of("metrics"), alone.of("metrics")[3:])
     assert_close(weights(three), weights(alone))
-
-
-def test_a_killed_peer_ends_the_run_and_says_so(
-    make_spec: MakeSpec, processes: list[psutil.Process], tmp_path: Path
-) -> None:
-    training = {**SHARDED, "max_steps": 5000, "save_steps": 5000}
-    trainer = start(processes, make_spec(tmp_path, training=training), tmp_path, at_step(2))
-    began = time.monotonic()
-    processes[1].send_signal(signal.SIGKILL)
-    outcome = trainer.finish()
-    assert time.monotonic() - began < 5
-    assert outcome.status == -signal.SIGKILL, "as the peer died, so that lack of memory is told apart"
-    assert outcome.last.type == "metrics"
-    assert "rank 1 of 2 was killed by SIGKILL" in outcome.stderr
 
 
 def test_moments_of_8_bits_become_32_and_back(tmp_path: Path) -> None:
