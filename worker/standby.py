@@ -74,7 +74,7 @@ class StandbyTrainer(TrainerProcess):
             lock.note(self.pid)
             self._send(spec, lock)
         except OSError as error:  # a timeout is one
-            log.warning("the standby %d did not take job %s: %s", self.pid, spec.job_id, error)
+            log.warning("the standby %d did not take job %s: %s; %s", self.pid, spec.job_id, error, self._how_it_is())
             self.close()
             return False
         except BaseException:
@@ -90,6 +90,14 @@ class StandbyTrainer(TrainerProcess):
         finally:
             self._connection.close()
             self._folder.remove()
+
+    def _how_it_is(self) -> str:
+        """For the log of a standby that is no use, before it is killed."""
+        deadline = time.monotonic() + 1  # its descriptors are closed a moment before its end can be seen
+        while self.exit_status() is None and time.monotonic() < deadline:
+            self.read_lines(0.05)
+        status = self.exit_status()
+        return f"exit status {'none: it runs' if status is None else status}, last output: {self.last_output() or 'none'}"
 
     _waiting_reads = 4
     """A pipe holds 64 KiB, which is one read of each."""
@@ -111,7 +119,8 @@ class StandbyTrainer(TrainerProcess):
         line = spec.model_dump_json().encode() + b"\n"
         self._connection.settimeout(HAND_OVER_LIMIT_S)
         sent = socket.send_fds(self._connection, [line], [lock.descriptor])
-        self._connection.sendall(line[sent:])
+        if sent < len(line):  # whoever has all of it may have answered and gone on: sending nothing would be an EPIPE
+            self._connection.sendall(line[sent:])
         if self._connection.recv(len(TAKEN)) != TAKEN:
             raise ConnectionResetError("it ended")
 

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -81,6 +83,26 @@ def test_the_lock_is_the_standbys_once_it_has_the_job(ahead: Standby, ours: Sett
     finally:
         trainer.close()
     assert list(run_folder.standbys(ours).iterdir()) == []
+
+
+def test_a_standby_that_answers_before_we_look_again_has_taken_the_job(
+    ahead: Standby, ours: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_was = socket.send_fds
+
+    def send_and_lose_the_core(connection: socket.socket, *what: Any) -> int:
+        sent = as_it_was(connection, *what)
+        assert sent == len(what[0][0])
+        poller = select.poll()
+        poller.register(connection, 0)  # hang-ups are always told
+        assert poller.poll(30_000), "it has gone on to train"
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", send_and_lose_the_core)
+    ahead.start()
+    trainer = take(ahead, ours, tmp_path, HostLock.acquire(tmp_path / "lock"))
+    assert trainer is not None
+    trainer.close()
 
 
 def test_a_cancel_right_after_the_hand_over_is_obeyed(ahead: Standby, ours: Settings, tmp_path: Path) -> None:
