@@ -97,7 +97,8 @@ class StandbyTrainer(TrainerProcess):
         while self.exit_status() is None and time.monotonic() < deadline:
             self.read_lines(0.05)
         status = self.exit_status()
-        return f"exit status {'none: it runs' if status is None else status}, last output: {self.last_output() or 'none'}"
+        ended = "it runs" if status is None else f"its exit status is {status}"
+        return f"{ended}; its last output: {self.last_output() or 'none'}"
 
     _waiting_reads = 4
     """A pipe holds 64 KiB, which is one read of each."""
