@@ -43,7 +43,7 @@ def command(program: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    return {"cpus": os.cpu_count(), "processor": _processor(), "python": platform.python_version()}
+    return {"cpus": len(os.sched_getaffinity(0)), "processor": _processor(), "python": platform.python_version()}
 
 
 def device(runs: list[dict[str, Any]]) -> str | None:

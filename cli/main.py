@@ -54,7 +54,7 @@ def up(data: Data = None, host: Host = None, port: Port = None) -> None:
 def demo(context: typer.Context) -> None:
     """Fine-tune SmolLM2 on support tickets through the whole service, and compare before with after."""
     try:
-        from cli.demo import demo as run
+        from cli.demo.command import demo as run
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise

@@ -130,7 +130,7 @@ class Failed(_Message):
     type: Literal["error"] = "error"
     code: str
     """`invalid_training_file`, `invalid_validation_file`, `out_of_memory`, `diverged`, `incompatible_chat_template`,
-    `invalid_base_model`, `unsupported_setting`, `disk_full`, `trainer_error`."""
+    `invalid_base_model`, `unsupported_setting`, `disk_full`, `trainer_error`; `device_error`: try again."""
     message: str
     """For the user: what went wrong, with the value, and what to change."""
     param: str | None = None

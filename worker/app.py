@@ -9,7 +9,7 @@ from shared import db, heartbeat, logs
 from shared.heartbeat import SILENT_AFTER_S, Heartbeat
 from shared.queue import QUEUE_OF, TRAIN, make_celery
 from shared.settings import get_settings
-from worker import compile_caches, lifecycle, standby
+from worker import compile_caches, gpu_watch, lifecycle, standby
 from worker.consumer_watch import ConsumerWatch
 
 celery_app = make_celery(get_settings())
@@ -44,6 +44,7 @@ def _alive(instance: Any, **_: Any) -> None:
     heartbeat.heartbeat_path(get_settings(), _child_name(name)).unlink(missing_ok=True)  # of a worker before us
     _begin(_WorkerHeartbeat(get_settings(), name))
     if name == QUEUE_OF[TRAIN]:
+        gpu_watch.begin()
         compile_caches.bound(get_settings())  # here, for a pool's child that takes long to be up is killed
     ConsumerWatch(get_settings(), name).start()
 

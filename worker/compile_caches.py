@@ -6,14 +6,12 @@ trainer lives on this host, which may be reading. One that is just being started
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from shared.settings import Settings
-from worker import run_folder
+from worker import host_lock, run_folder
 from worker.training.environment import CACHES
 
 log = logging.getLogger(__name__)
@@ -46,18 +44,4 @@ def _bytes_in(folder: Path) -> int:
 def _trainer_lives(settings: Settings) -> bool:
     """Whether somebody holds a job's lock or a standby's folder."""
     held = (*(settings.run_dir / "jobs").glob("*/lock"), *run_folder.standbys(settings).glob("*"))
-    return any(_is_locked(path) for path in held)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    return any(host_lock.is_locked(path) for path in held)

@@ -77,6 +77,18 @@ class HostLock:
             os.close(self.descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock of this file or folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

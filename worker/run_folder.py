@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.settings import Settings
+from worker.host_lock import is_locked
 
 LOGS_KEPT_S = 7 * 86_400.0
 """How long a job's folder stays after anything in it changed: long enough to look into last week's failures."""
@@ -60,9 +61,9 @@ def caches(settings: Settings) -> Path:
 
 
 def forget_old(settings: Settings, kept_s: float = LOGS_KEPT_S) -> None:
-    """Remove the folders of jobs that have not run here for long. A running one's log and scratch are young."""
+    """Remove the folders of jobs that have not run here for long. One that runs may be silent for weeks."""
     for folder in (settings.run_dir / "jobs").glob("*"):
         with suppress(FileNotFoundError):
             newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest > kept_s:
+            if time.time() - newest > kept_s and not is_locked(folder / "lock"):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -28,8 +28,9 @@ from worker.training.standby import STANDBY_FD, TAKEN, StandbySpec
 
 log = logging.getLogger(__name__)
 
-HAND_OVER_LIMIT_S = 10.0
-"""How long a standby may take to answer. Its imports hold the interpreter for a second or two at a time."""
+HAND_OVER_LIMIT_S = 30.0
+"""How long a standby may take to answer. Its imports hold the interpreter for a second or two at a time, the start of
+CUDA on a host with many GPUs for longer. A dead one is known at once."""
 FEW_CORES = 4
 """With fewer, imports beside a running job take a core that it needs."""
 SOURCES = Path(__file__).parents[1]
@@ -44,8 +45,8 @@ class StandbyTrainer(TrainerProcess):
         self._connection, theirs = socket.socketpair()
         self._leash_s = settings.lease_s / 2
         cache_dir = str(run_folder.caches(settings))
-        self._born_as = _what_a_fresh_one_is(cache_dir)
         try:
+            self._born_as = _what_a_fresh_one_is(cache_dir)
             descriptors = theirs.fileno(), self._folder.descriptor
             self._spawn(TRAINER, str(self._folder.path), descriptors, cache_dir, **{STANDBY_FD: str(theirs.fileno())})
         except BaseException:
@@ -114,7 +115,10 @@ class StandbyTrainer(TrainerProcess):
         return StandbySpec(folder=str(self._folder.path), base_model_dir=base_dir, leash_s=self._leash_s)
 
     def _is_as_fresh_for(self, spec: TrainerSpec) -> bool:
-        return spec.leash_s == self._leash_s and _what_a_fresh_one_is(spec.cache_dir) == self._born_as
+        try:
+            return spec.leash_s == self._leash_s and _what_a_fresh_one_is(spec.cache_dir) == self._born_as
+        except OSError:  # sources that are being replaced this moment
+            return False
 
     def _send(self, spec: TrainerSpec, lock: HostLock) -> None:
         line = spec.model_dump_json().encode() + b"\n"

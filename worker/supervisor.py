@@ -236,6 +236,8 @@ class _Run:
                 self._succeed(verdict.step)
             case Failed(code="out_of_memory"):
                 self._settle_out_of_memory(verdict)
+            case Failed(code="device_error"):
+                self.settle_retry(f"The trainer's GPU, or what connects it to others, failed: {verdict.message}")
             case Failed():
                 self.settle_failed(verdict.code, verdict.message, verdict.param)
             case _ if lease.cancel_requested.is_set():

@@ -15,7 +15,7 @@ from shared.db import reading, transaction
 from shared.queue import RUN_BATCHES, TRAIN, VALIDATE_FILES, send
 from shared.settings import get_settings
 from worker import batches as batch_runs
-from worker import lifecycle, run_folder, standby, supervisor
+from worker import gpu_watch, lifecycle, run_folder, standby, supervisor
 from worker.app import celery_app
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ def train() -> None:
     run_folder.forget_old(settings)
     ahead = standby.kept()
     while not lifecycle.shutdown.is_set():
+        if gone := gpu_watch.missing():
+            log.critical(
+                "%d of this worker's GPUs are gone; it claims no job before they are back or it restarts", gone
+            )
+            return
         if ahead is not None:
             ahead.start()
         with transaction() as session:

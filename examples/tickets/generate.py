@@ -23,6 +23,9 @@ PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 SYSTEM = "Triage as JSON: category, priority (low, high), product, needs_reply."
 ANSWERS = (False, False, True)
 """What tickets say about an answer, in equal parts."""
+FILLERS = (0, 1, 2)
+"""How many sentences of small talk a ticket has, in equal parts."""
+GREETED_SHARE, SIGNED_SHARE = 0.4, 0.3
 NOISY_SHARE = {"lower case": 0.1, "no punctuation": 0.05, "typos": 0.15}
 
 
@@ -55,10 +58,10 @@ def tickets(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         asks = category == "usage" or issue.endswith("?")
         needs_reply = True if asks else wishes.draw()  # nobody asks something and then wants no answer
         sentences = [_name_product(issue, product, rng), urgencies[priority].draw(), answers[needs_reply].draw()]
-        sentences += [fillers.draw() for _ in range(rng.choice((0, 1, 2)))]
+        sentences += [fillers.draw() for _ in range(rng.choice(FILLERS))]
         rng.shuffle(sentences)
-        opening = openings.draw() if rng.random() < 0.4 else ""
-        closing = closings.draw() if rng.random() < 0.3 else ""
+        opening = openings.draw() if rng.random() < GREETED_SHARE else ""
+        closing = closings.draw() if rng.random() < SIGNED_SHARE else ""
         text = _fill(" ".join(filter(None, (opening, *sentences, closing))), rng)
         labels = {"category": category, "priority": priority, "product": product, "needs_reply": needs_reply}
         yield _roughen(text, product, rng), labels

@@ -191,7 +191,7 @@ def test_more_gpus_than_there_are_is_refused(
 ) -> None:
     from worker.training import ranks
 
-    monkeypatch.setattr(ranks, "_count_gpus", lambda: 8)
+    monkeypatch.setattr(ranks, "count_gpus", lambda: 8)
     monkeypatch.setenv(GPUS_IN_SIGHT, "2,3")
     outcome = run_here(make_spec(tmp_path, training={"gpus": 4}))
     assert (outcome.status, outcome.last.code, outcome.last.param) == (1, "unsupported_setting", "training.gpus")

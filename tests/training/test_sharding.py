@@ -1,5 +1,6 @@
 """A model in shards trains as one that is whole: the same losses, the same files, one way on from either. On CPU."""
 
+import functools
 import signal
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,11 @@ def test_moments_of_8_bits_become_32_and_back(tmp_path: Path) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             assert torch.allclose(found[name], expected[name], rtol=0.1, atol=float(expected[name].abs().max()) / 50)
             assert not torch.equal(found[name], torch.zeros_like(found[name]))
+    parameters, on_cpu = make(functools.partial(torch.optim.AdamW, fused=True))
+    on_cpu.register_load_state_dict_pre_hook(moments.as_torch_has_it)
+    on_cpu.load_state_dict(narrow.state_dict())
+    assert on_cpu.param_groups[0]["fused"]
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    on_cpu.step()
+    assert on_cpu.state[parameters[0]]["step"] == 4

@@ -136,7 +136,7 @@ def test_a_claim_that_is_lost_ends_the_standby_that_took_it(ours: Settings, tmp_
         trainer.close()
 
 
-@pytest.mark.parametrize("harm", ["killed", "stopped", "stale environment", "another leash"])
+@pytest.mark.parametrize("harm", ["killed", "stopped", "stale environment", "vanishing source", "another leash"])
 def test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock(
     harm: str, ahead: Standby, ours: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +151,10 @@ def test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock(
             process.send(signal.SIGSTOP)
         case "stale environment":
             monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        case "vanishing source":
+            monkeypatch.setattr(standby, "SOURCES", tmp_path / "sources")
+            (tmp_path / "sources" / "worker").mkdir(parents=True)
+            (tmp_path / "sources" / "worker" / "gone.py").symlink_to("nowhere")
         case _:
             fields = {"leash_s": 1.0}
     with HostLock.acquire(tmp_path / "lock") as lock:
@@ -159,8 +163,26 @@ def test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock(
         assert is_locked(tmp_path / "lock"), "by us"
     assert not is_locked(tmp_path / "lock")
     assert list(run_folder.standbys(ours).iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     ahead.start()
     assert process_of(ahead).exit_status() is None, "the next job finds another"
+
+
+def test_a_standby_that_could_not_be_made_is_gone_and_no_job_inherits_it(
+    ahead: Standby, ours: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that the running job has filled: the next job's own trainer would find it empty."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "unsloth.py").write_text("raise RuntimeError('CUDA error: out of memory')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'broken'}:{Path.cwd()}")
+    ahead.start()
+    process = process_of(ahead)
+    wait_for(lambda: process.exit_status() == 1, 30)
+    process.drain()
+    assert "CUDA error: out of memory" in process.last_output()
+    with HostLock.acquire(tmp_path / "lock") as lock:
+        assert take(ahead, ours, tmp_path, lock) is None
 
 
 def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -> None:

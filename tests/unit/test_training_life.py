@@ -11,9 +11,12 @@ import pytest
 
 from shared.trainer_protocol import Event, Stopped, parse
 from shared.training_spec import TrainingSpec
+from worker.training import memory
 from worker.training.environment import trainer_environment
 from worker.training.failures import Diverged, describe
 from worker.training.progress import Progress, times_due
+from worker.training.reporter import Reporter
+from worker.training.stopping import StopRequests
 
 LIGHT_MODULES = (
     "checkpoint",
@@ -162,3 +165,58 @@ def test_other_errors_are_told_by_their_type() -> None:
     failed = describe(KeyError("weight"), TrainingSpec(), None)
     assert (failed.code, failed.message) == ("trainer_error", "KeyError: 'weight'")
     assert describe(Diverged("at step 3"), TrainingSpec(), None).code == "diverged"
+
+
+class DistBackendError(RuntimeError):
+    """As torch names what NCCL says."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("CUDA error: unspecified launch failure"), "device_error"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device_error"),
+        (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
+        (DistBackendError("Watchdog caught collective operation timeout"), "device_error"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), "device_error"),
+        (ValueError("CUDA error: says a user's file"), "trainer_error"),
+    ],
+)
+def test_what_a_gpu_did_is_not_held_against_the_job(error: Exception, code: str) -> None:
+    assert describe(error, TrainingSpec(), None).code == code
+    wrapped = RuntimeError("a compiler gave up")
+    wrapped.__cause__ = error
+    assert describe(wrapped, TrainingSpec(), None).code == code
+
+
+def test_once_the_last_step_is_done_nothing_stops_what_is_left() -> None:
+    """Or the final evaluation would be left out of a run that is never resumed."""
+    told: list[int] = []
+    stops = StopRequests(Reporter(2))
+    stops.pass_on = told.append
+    stops.install()
+    try:
+        stops.stepping(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stops.requested
+        stops.finishing()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert not stops.requested
+        assert told == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_files_that_a_container_has_read_are_no_memory_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    unlimited = memory.available_bytes()
+    assert unlimited > 50 * 2**20
+    for name, content in {"memory.max": f"{100 * 2**20}", "memory.current": f"{90 * 2**20}"}.items():
+        (tmp_path / name).write_text(content)
+    assert memory.available_bytes() == 10 * 2**20
+    (tmp_path / "memory.stat").write_text(f"anon 12345\ninactive_file {30 * 2**20}\nslab_reclaimable {2 * 2**20}\n")
+    assert memory.available_bytes() == 42 * 2**20

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,8 @@ from tests.worker.steps import (
     toys,
     wait_for,
 )
-from worker import base_models, lifecycle, recorder, supervisor
+from worker import base_models, gpu_watch, lifecycle, recorder, run_folder, supervisor, tasks
+from worker.host_lock import HostLock
 from worker.sweeper import Sweeper
 
 
@@ -141,6 +143,51 @@ def test_an_error_the_trainer_explains_is_final(settings: Settings, submit: Call
     assert job.error["code"] == "diverged" and "step 3" in job.error["message"]
     with reading() as session:
         assert [row.step for row in checkpoints.newest_first(session, job_id)] == [2]
+
+
+GPU_IS_SICK = (
+    sys.executable,
+    "-c",
+    "import os, sys; from shared.trainer_protocol import Failed\n"
+    "message = Failed(code='device_error', message='CUDA error: uncorrectable ECC error').model_dump_json()\n"
+    "os.write(int(os.environ['ANNEAL_PROTOCOL_FD']), message.encode() + b'\\n'); sys.exit(1)\n",
+)
+
+
+def test_a_job_whose_gpu_failed_is_tried_again_and_says_why(settings: Settings, submit: Callable[..., str]) -> None:
+    job_id = submit(steps=5)
+    for attempt in range(1, settings.max_attempts + 1):
+        assert job_of(job_id).status == "queued", attempt
+        after_grace(settings)
+        supervisor.supervise(claim(settings), settings, GPU_IS_SICK)
+    job = job_of(job_id)
+    assert job.status == "failed" and job.error is not None
+    assert job.error["code"] == "trainer_died" and "uncorrectable ECC error" in job.error["message"]
+
+
+def test_a_worker_that_has_lost_a_gpu_claims_nothing(
+    settings: Settings, submit: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = [2]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpu_watch, "count_gpus", lambda: there[0])
+    monkeypatch.setattr(gpu_watch, "_began_with", 0)
+    gpu_watch.begin()
+    assert gpu_watch.missing() == 0
+    there[0] = 1
+    job_id = submit(steps=5)
+    tasks.train()
+    assert job_of(job_id).status == "queued"
+    assert "1 of this worker's GPUs are gone" in caplog.text
+
+
+def test_the_folder_of_a_run_of_weeks_stays_while_it_is_locked(settings: Settings) -> None:
+    folder = run_folder.RunFolder(settings, "ftjob-1", 1)
+    with HostLock.acquire(folder.lock):
+        run_folder.forget_old(settings, kept_s=-1)
+        assert folder.lock.exists()
+    run_folder.forget_old(settings, kept_s=-1)
+    assert not folder.job.exists()
 
 
 def test_a_cancel_stops_a_running_job(settings: Settings, submit: Callable[..., str]) -> None:

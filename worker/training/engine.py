@@ -214,6 +214,8 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             sharding.keep_one_format(optimizer)
         elif self.args.optim == OPTIMIZERS["adamw_8bit"]:
             moments.take_either(optimizer)
+        else:
+            optimizer.register_load_state_dict_pre_hook(moments.as_torch_has_it)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

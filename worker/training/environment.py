@@ -4,6 +4,7 @@
 when it was started by hand without them. Imports nothing heavy.
 """
 
+import ctypes
 from collections.abc import Mapping
 
 MALLOC = {
@@ -78,6 +79,20 @@ def gpus_of(in_sight: str | None, count: int) -> list[str]:
             break
         found.append(name.strip())
     return found
+
+
+def count_gpus() -> int:
+    """As the driver says: torch would take seconds to be imported, and would then keep the GPUs it saw."""
+    try:
+        driver = ctypes.CDLL("libnvidia-ml.so.1")
+        number = ctypes.c_uint(0)
+        if driver.nvmlInit_v2():
+            return 0
+        failed = driver.nvmlDeviceGetCount_v2(ctypes.byref(number))
+        driver.nvmlShutdown()  # or it would go on saying what it has found the first time
+        return 0 if failed else number.value
+    except (OSError, AttributeError):
+        return 0
 
 
 def trainer_environment(base: Mapping[str, str]) -> dict[str, str]:

@@ -10,10 +10,11 @@
     ├── NoGradient             trainer_error
     └── DiskFull               disk_full
 
-Everything else becomes `out_of_memory` or `trainer_error` in `describe`.
+Everything else becomes `out_of_memory`, `device_error` or `trainer_error` in `describe`.
 """
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 from shared.trainer_protocol import Failed
@@ -32,6 +33,11 @@ OUT_OF_MEMORY_SIGNS = (
     "could not create a primitive",  # oneDNN, whose only word it is: its primitives hold buffers
     "could not create a memory object",
 )
+
+
+DEVICE_KINDS = ("AcceleratorError", "DistBackendError", "DistNetworkError")
+"""PyTorch's exceptions of GPUs and of what connects them."""
+DEVICE_SIGNS = ("cuda error", "nccl error", "gloo/transport", "connection closed by peer")
 
 
 class TrainingFailed(Exception):
@@ -91,7 +97,8 @@ def describe(error: BaseException, training: TrainingSpec, resolved: Resolved | 
         return Failed(
             code="out_of_memory", message=f"The accelerator or host ran out of memory: {advice}.", param=param
         )
-    return Failed(code="trainer_error", message=f"{type(error).__name__}: {error}")
+    code = "device_error" if is_device_error(error) else "trainer_error"
+    return Failed(code=code, message=f"{type(error).__name__}: {error}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -100,14 +107,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     PyTorch has an exception of its own for its GPU allocator only. Its CPU allocator, cuBLAS, oneDNN and driver calls
     raise RuntimeErrors told apart by their text, and compilers and engines wrap what they catch.
     """
+    return any(map(_says_out_of_memory, _chain(error)))
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether it was a GPU, or what connects several processes, that failed: another attempt may find a sound one."""
+    return any(
+        any(kind.__name__ in DEVICE_KINDS for kind in type(one).__mro__)
+        or (isinstance(one, RuntimeError) and any(sign in str(one).lower() for sign in DEVICE_SIGNS))
+        for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """It and those that led to it."""
     chain: BaseException | None = error
     seen: set[int] = set()
     while chain is not None and id(chain) not in seen:
-        if _says_out_of_memory(chain):
-            return True
+        yield chain
         seen.add(id(chain))
         chain = chain.__cause__ or (None if chain.__suppress_context__ else chain.__context__)
-    return False
 
 
 def _says_out_of_memory(error: BaseException) -> bool:

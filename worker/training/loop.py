@@ -56,7 +56,8 @@ class Run:
 
             traceback.print_exc(file=sys.stderr)
             failed = describe(error, self.spec.training, self.running)
-            if self.place is not None and failed.code == "trainer_error" and not isinstance(error, TrainingFailed):
+            vague = failed.code in ("trainer_error", "device_error")
+            if self.place is not None and vague and not isinstance(error, TrainingFailed):
                 time.sleep(REASON_LIMIT_S)  # most likely another rank is gone; what it says about it says more
             self._end(failed)
             return 1

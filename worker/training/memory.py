@@ -50,4 +50,14 @@ def available_bytes() -> int:
         most, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no second version of cgroups, or "max": no limit
         return available
-    return min(available, most - used)
+    return min(available, most - used + _reclaimable_bytes())
+
+
+def _reclaimable_bytes() -> int:
+    """Of what a container uses, what the kernel takes back when asked: files read and written lately, above all."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    stat = {name: int(number) for name, number in (line.split() for line in lines)}
+    return stat.get("inactive_file", 0) + stat.get("slab_reclaimable", 0)

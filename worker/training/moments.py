@@ -1,8 +1,9 @@
 """AdamW's moments in 32 bits and in 8, so that a checkpoint goes on with either.
 
-A model in shards has 32 bits (bitsandbytes knows no shards), one GPU has 8 unless told otherwise.
+A model in shards has 32 bits (bitsandbytes knows no shards), so has a CPU; one GPU has 8 unless told otherwise.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ def widened(moments: dict[str, Any]) -> dict[str, Any]:
         return moments
     wide = {name: _wide(packed, number) for number, name in NAMES}
     return {"step": torch.tensor(float(moments["step"])), **wide}
+
+
+def as_torch_has_it(
+    optimizer: Any, state: dict[str, Any], part_of: Callable[[Any, Any], Any] = lambda moment, _parameter: moment
+) -> dict[str, Any]:
+    """A saved state of either kind as this optimizer, torch's AdamW, takes it.
+
+    Args:
+        part_of: what of a whole moment belongs to this parameter.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    found = {}
+    for index, parameter in zip(indices, parameters, strict=True):
+        moments = widened(state["state"].get(index, {}))
+        found[index] = {name: part_of(moment, parameter) for name, moment in moments.items()}
+    groups = [
+        {name: saved.get(name, value) for name, value in own.items()} | {"params": saved["params"]}
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    return {"state": {index: moments for index, moments in found.items() if moments}, "param_groups": groups}
 
 
 def take_either(optimizer: Any) -> None:

@@ -25,8 +25,9 @@ from worker.training.data import Example
 from worker.training.failures import TrainingFailed
 from worker.training.ranks import Place
 
-LIMIT = timedelta(minutes=30)
-"""How long ranks wait for one that neither comes nor dies: it may be writing a large checkpoint to a slow disk."""
+LIMIT = timedelta(hours=6)
+"""How long ranks wait for one that neither comes nor dies: it may be writing and hashing a checkpoint of a terabyte. A
+rank that dies is noticed at once, by its pipe."""
 BUCKET_NUMBERS = 2**26
 """Gradients that are put together for one sum, where they are not in one piece already."""
 

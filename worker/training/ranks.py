@@ -10,7 +10,6 @@ torchrun instead, each rank takes its place from torchrun's variables. Imports n
 """
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
@@ -27,7 +26,7 @@ from typing import Any
 from shared.trainer_protocol import PROTOCOL_FD, Done, Failed, Message, Stopped, parse
 from shared.training_spec import TrainerSpec
 from worker.training import cpus
-from worker.training.environment import GPUS_IN_SIGHT, SUPERVISED_BY, gpus_of
+from worker.training.environment import GPUS_IN_SIGHT, SUPERVISED_BY, count_gpus, gpus_of
 from worker.training.failures import UnsupportedSetting
 from worker.training.reporter import Reporter
 
@@ -242,16 +241,4 @@ class Peers:
 
 def gpus_in_sight() -> list[str]:
     """Of what the worker was given, the GPUs that are there, by the names that CUDA_VISIBLE_DEVICES takes."""
-    return gpus_of(os.environ.get(GPUS_IN_SIGHT), _count_gpus())
-
-
-def _count_gpus() -> int:
-    """As the driver says: torch would take seconds to be imported, and would then keep the GPUs it saw."""
-    try:
-        driver = ctypes.CDLL("libnvidia-ml.so.1")
-        number = ctypes.c_uint(0)
-        if driver.nvmlInit_v2() or driver.nvmlDeviceGetCount_v2(ctypes.byref(number)):
-            return 0
-        return number.value
-    except (OSError, AttributeError):
-        return 0
+    return gpus_of(os.environ.get(GPUS_IN_SIGHT), count_gpus())

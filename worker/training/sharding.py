@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from worker.training import decoder, passes
 from worker.training.data import Example
 from worker.training.failures import BadBaseModel
-from worker.training.moments import widened
+from worker.training.moments import as_torch_has_it
 from worker.training.operations import Operations
 from worker.training.parallel import Alone, Together
 from worker.training.step import Abandoned, Arguments, Sums
@@ -100,17 +100,7 @@ def keep_one_format(optimizer: torch.optim.Optimizer) -> None:
         return {**state, "state": found}
 
     def take_apart(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        indices = [index for group in state["param_groups"] for index in group["params"]]
-        found = {}
-        for index, parameter in zip(indices, parameters, strict=True):
-            moments = widened(state["state"].get(index, {}))
-            found[index] = {name: _part_of(moment, parameter) for name, moment in moments.items()}
-        groups = [
-            {name: saved.get(name, value) for name, value in own.items()} | {"params": saved["params"]}
-            for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
-        ]
-        return {"state": {index: moments for index, moments in found.items() if moments}, "param_groups": groups}
+        return as_torch_has_it(optimizer, state, _part_of)
 
     optimizer.register_state_dict_post_hook(put_together)
     optimizer.register_load_state_dict_pre_hook(take_apart)

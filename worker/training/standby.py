@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
@@ -149,33 +149,56 @@ def wait_for_job(reporter: Reporter, prepare: Callable[[str], None]) -> tuple[Tr
     Raises:
         ValidationError: the job's spec is not valid.
     """
-    order = StandbySpec.model_validate_json(read_spec())
-    Leash(reporter, order.leash_s).start()
     connection = socket.socket(fileno=int(os.environ.pop(STANDBY_FD)))
     connection.set_inheritable(False)
     receiver = Receiver(connection)
-    receiver.start()
+    receiver.start()  # first: a job may come before the order does, and its sender's patience has begun
+    order = StandbySpec.model_validate_json(read_spec())
+    Leash(reporter, order.leash_s).start()
     warm = Warm()
+    is_gpu = False
     try:
         prepare(order.folder)
         from worker.training import engine  # noqa: F401, isort: skip - imports unsloth, which must come first
         from worker.training import callbacks, model  # noqa: F401 - callbacks too
 
-        if model.hardware().is_gpu:
+        is_gpu = model.hardware().is_gpu
+        if is_gpu:
             import torch
 
             torch.zeros(1, device="cuda")  # makes the context
+    except Exception:
+        # Half imported, or without its GPU, which the job that runs now may have filled: no job is to inherit that.
+        _die_of_it()
+    try:
         if order.base_model_dir is not None:
             warm.load_ahead(Path(order.base_model_dir))
         (Path(order.folder) / READY).touch()
     except Exception:
-        # The job will meet the same, and say it; or it needs nothing of this.
-        traceback.print_exc(file=sys.stderr)
+        traceback.print_exc(file=sys.stderr)  # the job will meet the same, and say it; or it needs nothing of this
         warm.forget()
+        if is_gpu:
+            _look_for_sticky_errors()
     spec = TrainerSpec.model_validate_json(receiver.spec.result())
     if spec.memory_limit_bytes is not None:
         warm.forget()  # its limit counts what it loads itself
     return spec, warm
+
+
+def _die_of_it() -> NoReturn:
+    traceback.print_exc(file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _look_for_sticky_errors() -> None:
+    """After some errors everything fails that a process asks of its GPU."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        _die_of_it()
 
 
 def _usual(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class StopRequests:
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
-        self._stepping = False
+        self._stepping = self._finishing = False
         self.last_step = 0
         self.cancelled = False
         self.interrupted = False
@@ -45,7 +45,8 @@ class StopRequests:
         self._stepping = True
 
     def finishing(self) -> None:
-        """The last step is done: what is left is short and better finished than thrown away."""
+        """The last step is done: what is left is short and better finished than thrown away. Nothing is heard now."""
+        self._finishing = True
         self.cancelled = self.interrupted = False
 
     @property
@@ -57,11 +58,15 @@ class StopRequests:
         return Stopped(reason="cancelled" if self.cancelled else "interrupted", step=self.last_step)
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._finishing:
+            return
         self.interrupted = True
         self.pass_on(signal.SIGTERM)
         self._leave_unless_stepping()
 
     def _cancel(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._finishing:
+            return
         self.cancelled = True
         self._leave_unless_stepping()
 
