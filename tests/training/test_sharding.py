@@ -1,6 +1,7 @@
 """A model in shards trains as one that is whole: the same losses, the same files, one way on from either. On CPU."""
 
 import functools
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,24 @@ def test_shards_go_on_from_a_checkpoint_of_one(make_spec: MakeSpec, alone: Outco
     assert three.status == 0, three.stderr[-3000:]
     assert_same(three.of("metrics"), alone.of("metrics")[3:])
     assert_close(weights(three), weights(alone))
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(
+    make_spec: MakeSpec, validation_file: Path, alone: Outcome, tmp_path: Path
+) -> None:
+    """Its optimizer's state is bitsandbytes' own, which keeps small moments in 32 bits: nothing changes."""
+    begun = tmp_path / "begun"
+    shutil.copytree(alone.of("checkpoint")[0].path, begun)
+    saved = torch.load(begun / "optimizer.pt", weights_only=True)
+    for index, state in saved["state"].items():
+        packed = {"state1": state["exp_avg"], "state2": state["exp_avg_sq"]}
+        saved["state"][index] = {"step": int(state["step"]), moments.WRAPPED: packed}
+    torch.save(saved, begun / "optimizer.pt")
+    common = {"validation_file": str(validation_file), "training": TRAINING}
+    one = run_here(make_spec(tmp_path / "one", resume_from=str(begun), **common))
+    assert one.status == 0, one.last
+    assert_same(one.of("metrics"), alone.of("metrics")[one.of("started")[0].first_step - 1 :])
+    assert_close(weights(one), weights(alone))
 
 
 def test_moments_of_8_bits_become_32_and_back(tmp_path: Path) -> None:
