@@ -75,7 +75,8 @@ class StandbyTrainer(TrainerProcess):
             lock.note(self.pid)
             self._send(spec, lock)
         except OSError as error:  # a timeout is one
-            log.warning("the standby %d did not take job %s: %s; %s", self.pid, spec.job_id, error, self._how_it_is())
+            how = self._how_it_is()
+            log.warning("the standby %d did not take job %s: %s; %s", self.pid, spec.job_id, error, how)
             self.close()
             return False
         except BaseException:

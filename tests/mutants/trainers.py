@@ -75,9 +75,9 @@ TRAINER = (
     guard(
         "a standby that can't take the job is killed",
         "worker/standby.py",
-        '            log.warning("the standby %d did not take job %s: %s", self.pid, spec.job_id, error)\n'
+        '            log.warning("the standby %d did not take job %s: %s; %s", self.pid, spec.job_id, error, how)\n'
         "            self.close()\n",
-        '            log.warning("the standby %d did not take job %s: %s", self.pid, spec.job_id, error)\n',
+        '            log.warning("the standby %d did not take job %s: %s; %s", self.pid, spec.job_id, error, how)\n',
         pytest(f"{STANDBY}::test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock[stopped]"),
     ),
     guard(
