@@ -162,6 +162,8 @@ class Campaign:
         """Faults until there were enough, of jobs too."""
         options = self.options
         weights = {**plans.FAULTS, **(plans.POSTGRESQL_FAULTS if self._postgres is not None else {})}
+        if self.options.trainer == "unsloth":  # a toy's worker keeps no standby
+            weights |= plans.STANDBY_FAULTS
         if not options.generate:
             weights = {kind: weight for kind, weight in weights.items() if kind[1] not in plans.OF_GENERATION}
         planned = plans.faults(
@@ -173,7 +175,7 @@ class Campaign:
         ends_at = time.monotonic() + options.minutes * 60
         for fault in planned:
             self._pause(fault.wait_s)
-            if fault.choice > UNRIPE_SHARE:
+            if fault.choice > UNRIPE_SHARE and fault.role != "standby":  # they are there before anything is ripe
                 self._wait(self._is_ripe, min(ends_at, time.monotonic() + self.load.pace.ripe_s))
             if fault.is_alone:
                 self._wait(lambda: self.injector.is_calm, ends_at)

@@ -113,6 +113,8 @@ class Injector:
         match plan.action, plan.role:
             case _, "trainer":
                 return self._hit_trainer(plan)
+            case _, "standby":
+                return self._hit_standby(plan)
             case _, "supervisor":
                 return self._hit_supervisor(plan)
             case _, "worker":
@@ -133,6 +135,12 @@ class Injector:
         if trainer is None or not self._strike(trainer.process, plan):
             return None
         return self._fault(plan, f"trainer of {trainer.job_id}", trainer.process, run=trainer)
+
+    def _hit_standby(self, plan: FaultPlan) -> Fault | None:
+        process = _pick(procfs.standbys(self._service.settings.run_dir), plan.choice)
+        if process is None or not self._strike(process, plan):
+            return None
+        return self._fault(plan, "a trainer started ahead", process)
 
     def _hit_supervisor(self, plan: FaultPlan) -> Fault | None:
         mains = [member.identity for member in self._service.of("train")]

@@ -190,6 +190,8 @@ FAULTS: Weights = {
     ("stop", "valkey"): 1,
     ("damage", "checkpoint"): 5,
 }
+STANDBY_FAULTS: Weights = {("kill", "standby"): 6, ("stop", "standby"): 4}
+"""Of a trainer started ahead, waiting or, still in its imports, a job's already."""
 POSTGRESQL_FAULTS: Weights = {("kill", "postgres"): 2, ("kill", "connection"): 2}
 ALONE: Weights = {
     ("kill", "trainer"): 2,

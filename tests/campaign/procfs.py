@@ -90,8 +90,18 @@ def children(pid: int) -> list[Process]:
 
 def trainers(run_dir: Path) -> list[Trainer]:
     """Every trainer of the service in that folder, stopped ones too, in the order of their jobs."""
-    pattern = re.compile(re.escape(str(run_dir)) + r"/jobs/([^/]+)/(\d+)(?: \(deleted\))?")
-    found = []
+    found = [Trainer(process, where[1], int(where[2])) for process, where in _in(run_dir, r"jobs/([^/]+)/(\d+)")]
+    return sorted(found, key=lambda trainer: (trainer.job_id, trainer.fence, trainer.process.pid))
+
+
+def standbys(run_dir: Path) -> list[Process]:
+    """Every trainer that was started ahead and has not yet begun with a job; some have taken one already."""
+    return sorted((process for process, _ in _in(run_dir, "standby/[^/]+")), key=lambda process: process.pid)
+
+
+def _in(run_dir: Path, folder: str) -> Iterator[tuple[Process, re.Match[str]]]:
+    """Leaders of sessions whose current folder is such a one: what they start shares it."""
+    pattern = re.compile(rf"{re.escape(str(run_dir))}/{folder}(?: \(deleted\))?")
     for name in os.listdir("/proc"):  # noqa: PTH208
         if not name.isdigit():
             continue
@@ -99,12 +109,9 @@ def trainers(run_dir: Path) -> list[Trainer]:
             match = pattern.fullmatch(os.readlink(f"/proc/{name}/cwd"))  # noqa: PTH115 - as above
         except OSError:
             continue
-        if match is None:
-            continue
-        seen = look(int(name))
-        if seen is not None and seen.session == seen.process.pid:  # what a trainer starts shares its folder
-            found.append(Trainer(seen.process, match[1], int(match[2])))
-    return sorted(found, key=lambda trainer: (trainer.job_id, trainer.fence, trainer.process.pid))
+        seen = look(int(name)) if match is not None else None
+        if match is not None and seen is not None and seen.session == seen.process.pid:
+            yield seen.process, match
 
 
 def of_service(data: Path) -> list[Seen]:
