@@ -10,9 +10,8 @@ all commands of a lane run in turn, lanes beside each other:
     23  200 scaling   python3 benchmarks/scaling.py --model M --gpus 2 --out $OUT/scaling.json
 
 A command sees its GPUs and an equal share of the CPU's cores (by number: on a host with several NUMA nodes lanes are
-not on equal terms), runs in a shell at the checkout with $OUT set, and is
-killed with all that it started at its time or at --limit. A line is printed as each ends; what it wrote is in
-$OUT/NAME.log. Needs Python and nothing else.
+not on equal terms), runs in a shell at the checkout with $OUT set, and is killed with all that it started at its time
+or at --limit. A line is printed as each ends; what it wrote is in $OUT/NAME.log. Needs Python and nothing else.
 
     python3 benchmarks/lanes.py PLAN --out FOLDER [--limit 560]
 """

@@ -4,7 +4,7 @@
 `anneal demo` trains once and tells one number. This trains with the same choices, or others, once a seed, without the
 service around it, and asks each model for the most likely answer to every ticket of the test split.
 
-    python benchmarks/tickets.py [--model FOLDER] [--seeds 3407,1,2] [--steps N] [--batch N] [--rate R] [--out FILE]
+    python benchmarks/tickets.py --steps N [--model FOLDER] [--seeds 3407,1,2] [--batch N] [--rate R] [--out FILE]
 """
 
 import argparse
@@ -38,15 +38,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="anneal-bench-") as folder:
         scratch = Path(folder)
         args.model = base_model(args, scratch)
-        runs = [one for seed in args.seeds if (one := trial(args, scratch, seed, args.runs))]
+        runs: list[dict[str, Any]] = []
+        for seed in args.seeds:
+            trial(args, scratch, seed, runs)
     exact = [run["score"]["exact"] for run in runs if run["score"]]
     if exact:
         print(f"right: median {statistics.median(exact)}, {min(exact)} to {max(exact)} over {len(exact)} seeds")
     return 0 if len(exact) == len(args.seeds) else 1
 
 
-def trial(args: argparse.Namespace, scratch: Path, seed: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Train and ask; kept in --out at once."""
+def trial(args: argparse.Namespace, scratch: Path, seed: int, runs: list[dict[str, Any]]) -> None:
+    """Train and ask; what is found is added to the runs, and is in --out at once."""
     saved, caches = scratch / f"saved-{seed}", scratch / f"caches-{seed}"
     work = Work(args.data / "train.jsonl", args.model, args.steps, args.batch, 1, 2048, args.rate, seed, packed=False)
     choices = {"micro_batch_size": args.batch, "eval_steps": args.steps, **args.training}
@@ -66,7 +68,6 @@ def trial(args: argparse.Namespace, scratch: Path, seed: int, runs: list[dict[st
         keep(args, runs)
     shutil.rmtree(saved, ignore_errors=True)
     print(line(run), flush=True)
-    return run
 
 
 def keep(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
@@ -132,7 +133,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
     args.on_gpu = processes.has_gpu() if args.device == "auto" else args.device == "gpu"
-    args.model_shape, args.runs = None, []
+    args.model_shape = None
     return args
 
 

@@ -1,5 +1,6 @@
 """What tests of supervision do again and again: claim, run, look."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -47,6 +48,17 @@ def expected(settings: Settings, job: Job, steps: int) -> Reference:
 def messages(job_id: str) -> list[str]:
     with reading() as session:
         return list(session.scalars(select(Event.message).where(Event.job_id == job_id).order_by(Event.sequence)))
+
+
+def failing(code: str, message: str) -> tuple[str, ...]:
+    """The command of a trainer that says this before its first step, and ends."""
+    return (
+        sys.executable,
+        "-c",
+        "import os, sys; from shared.trainer_protocol import Failed\n"
+        f"message = Failed(code={code!r}, message={message!r}).model_dump_json()\n"
+        "os.write(int(os.environ['ANNEAL_PROTOCOL_FD']), message.encode() + b'\\n'); sys.exit(1)\n",
+    )
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:

@@ -1,11 +1,10 @@
 """Down the ladder through the real supervisor: what is overridden, told, and refused."""
 
-import sys
 from collections.abc import Callable
 
 from shared.settings import Settings
 from tests.campaign.toy_trainer import COMMAND
-from tests.worker.steps import claim, job_of, messages
+from tests.worker.steps import claim, failing, job_of, messages
 from worker import memory, supervisor
 
 
@@ -58,22 +57,13 @@ def test_the_kernels_counter_is_read() -> None:
     assert memory.kills() >= 0
 
 
-OUT_WHILE_LOADING = (
-    sys.executable,
-    "-c",
-    "import os, sys; from shared.trainer_protocol import Failed\n"
-    "message = Failed(code='out_of_memory', message='the model itself does not fit').model_dump_json()\n"
-    "os.write(int(os.environ['ANNEAL_PROTOCOL_FD']), message.encode() + b'\\n'); sys.exit(1)\n",
-)
-
-
 def test_running_out_while_loading_takes_no_rung_of_an_earlier_attempt(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
     job_id = submit({"batch_size": 8, "micro_batch_size": 4}, steps=6, behaviour="out_of_memory")
     run(settings)
     assert job_of(job_id).status == "queued"
-    supervisor.supervise(claim(settings), settings, OUT_WHILE_LOADING)
+    supervisor.supervise(claim(settings), settings, failing("out_of_memory", "the model itself does not fit"))
     job = job_of(job_id)
     assert job.status == "failed" and job.error is not None, "or it would be claimed again for ever"
     assert job.error["code"] == "out_of_memory"

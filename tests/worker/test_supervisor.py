@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from tests.worker.steps import (
     after_grace,
     claim,
     expected,
+    failing,
     in_thread,
     job_of,
     messages,
@@ -145,21 +145,12 @@ def test_an_error_the_trainer_explains_is_final(settings: Settings, submit: Call
         assert [row.step for row in checkpoints.newest_first(session, job_id)] == [2]
 
 
-GPU_IS_SICK = (
-    sys.executable,
-    "-c",
-    "import os, sys; from shared.trainer_protocol import Failed\n"
-    "message = Failed(code='device_error', message='CUDA error: uncorrectable ECC error').model_dump_json()\n"
-    "os.write(int(os.environ['ANNEAL_PROTOCOL_FD']), message.encode() + b'\\n'); sys.exit(1)\n",
-)
-
-
 def test_a_job_whose_gpu_failed_is_tried_again_and_says_why(settings: Settings, submit: Callable[..., str]) -> None:
     job_id = submit(steps=5)
     for attempt in range(1, settings.max_attempts + 1):
         assert job_of(job_id).status == "queued", attempt
         after_grace(settings)
-        supervisor.supervise(claim(settings), settings, GPU_IS_SICK)
+        supervisor.supervise(claim(settings), settings, failing("device_error", "CUDA error: uncorrectable ECC error"))
     job = job_of(job_id)
     assert job.status == "failed" and job.error is not None
     assert job.error["code"] == "trainer_died" and "uncorrectable ECC error" in job.error["message"]

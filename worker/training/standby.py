@@ -156,7 +156,6 @@ def wait_for_job(reporter: Reporter, prepare: Callable[[str], None]) -> tuple[Tr
     order = StandbySpec.model_validate_json(read_spec())
     Leash(reporter, order.leash_s).start()
     warm = Warm()
-    is_gpu = False
     try:
         prepare(order.folder)
         from worker.training import engine  # noqa: F401, isort: skip - imports unsloth, which must come first
