@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from api.app import create_app
 from cli import valkey as embedded_valkey
 from shared import db
 from shared.settings import Settings, get_settings
+from tests.waiting import LIMIT_S, wait_until
 
 _numbers = itertools.count()
 TEMPLATE = "anneal_template"
@@ -94,14 +94,11 @@ def valkey() -> Iterator[str]:
     settings = Settings(data=folder, redis_url=None)
     process = subprocess.Popen(embedded_valkey.command(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
-        while not _answers(settings):
-            assert time.monotonic() < deadline, "Valkey did not start"
-            time.sleep(0.02)
+        wait_until(lambda: _answers(settings))
         yield f"unix://{settings.valkey_socket}"
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.wait(LIMIT_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -195,14 +192,11 @@ def serving(settings: Settings) -> Iterator[str]:
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not running.started:
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.02)
+    wait_until(lambda: running.started)
     port = running.servers[0].sockets[0].getsockname()[1]
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True
-    thread.join(timeout=10)
+    thread.join(LIMIT_S)
 
 
 @pytest.fixture

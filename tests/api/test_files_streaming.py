@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from shared.settings import Settings
+from tests.waiting import LIMIT_S, wait_until
 
 MIB = 2**20
 SIZE_BYTES = int(os.environ.get("STREAMED_MIB", "64")) * MIB
@@ -72,7 +73,7 @@ def service(settings: Settings) -> Iterator[Service]:
         yield running
     finally:
         running.process.terminate()
-        running.process.wait(timeout=20)
+        running.process.wait(LIMIT_S)
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +138,11 @@ def test_what_is_not_whole_yet_is_on_the_disk_of_the_run_folder_and_goes_with_it
 
     sender = threading.Thread(target=send)
     sender.start()
-    deadline = time.monotonic() + 20
-    while not (spooled := _open_below(service)):
-        assert time.monotonic() < deadline, "nothing was spooled below the run folder"
-        time.sleep(0.02)
+    spooled = wait_until(lambda: _open_below(service))
     assert all("(deleted)" in path for path in spooled), "a crash would leave it"
     enough.set()
     sender.join()
-    while _open_below(service):
-        assert time.monotonic() < deadline, "it stays though its sender is gone"
-        time.sleep(0.02)
+    wait_until(lambda: not _open_below(service))  # its sender is gone
 
 
 def _broken(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ from shared.errors import Unavailable
 from shared.models import Answer, Creation, File
 from shared.settings import Settings
 from tests.conftest import chat_row, jsonl, upload
+from tests.waiting import LIMIT_S
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 JOBS = "/v1/fine_tuning/jobs"
@@ -248,7 +249,7 @@ class Api:
         self.trap.write_text(when)
         with pytest.raises(httpx.TransportError):
             request()
-        assert self.process.wait(30) == -signal.SIGKILL
+        assert self.process.wait(LIMIT_S) == -signal.SIGKILL
 
     def close(self) -> None:
         self.process.kill()
@@ -316,6 +317,6 @@ def test_a_second_request_waits_for_the_first_in_another_process(apis: list[Api]
         time.sleep(0.3)
         assert not answers
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT_S)
     assert answers[0].text == answers[1].text and sorted(map(is_replay, answers)) == [False, True]
     assert len(job_ids(one.client)) == 1

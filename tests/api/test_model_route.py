@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from api import error_handlers, model_route
 from api.model_route import READS_AT_ONCE, WRITES_AT_ONCE, ModelRoute
+from tests.waiting import LIMIT_S
 
 
 class Answer(BaseModel):
@@ -31,13 +32,13 @@ class Busy:
             self.now += 1
             self.entered += 1
             self.most = max(self.most, self.now)
-        assert self.leave.wait(10)
+        assert self.leave.wait(LIMIT_S)
         with self.lock:
             self.now -= 1
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -78,7 +79,7 @@ def test_a_lock_that_holds_up_writes_holds_up_no_read(app: FastAPI, busy: tuple[
             posts = [asyncio.create_task(client.post(f"/v1/{n}")) for n in range(WRITES_AT_ONCE + 5)]
             await until(lambda: writes.now == WRITES_AT_ONCE)
             reads.leave.set()
-            assert (await asyncio.wait_for(client.get("/v1/7"), 5)).json() == {"number": 7}
+            assert (await asyncio.wait_for(client.get("/v1/7"), LIMIT_S)).json() == {"number": 7}
             assert writes.now == WRITES_AT_ONCE
             writes.leave.set()
             answers = await asyncio.gather(*posts)

@@ -15,6 +15,7 @@ from shared.models import Job, JobStatus, Model
 from shared.schemas import JobCreate
 from shared.settings import Settings
 from tests.conftest import upload
+from tests.waiting import LIMIT_S
 from tests.worker.conftest import base_folder, submit  # noqa: F401 - fixtures
 from tests.worker.steps import BASE, claim, job_of, run_next
 
@@ -152,7 +153,7 @@ def test_a_job_that_is_being_created_keeps_its_model(client: TestClient, tuned: 
         deleting.start()
         deleting.join(0.5)
         assert not answers, "the deletion did not wait"
-    deleting.join(10)
+    deleting.join(LIMIT_S)
     assert answers[0].status_code == 409 and job.id in answers[0].json()["error"]["message"]
 
 

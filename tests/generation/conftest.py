@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.generation import GENERATORS, PREFIX
 from shared.settings import Settings, get_settings
+from tests.waiting import LIMIT_S, wait_until
 from worker.generation.loop import Generator
 
 torch.set_num_threads(1)  # tiny products: more threads only wait for each other
@@ -138,7 +138,7 @@ class RunningGenerator:
             assert self._loop is not None
             assert self._stop is not None
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(timeout=20)
+            self._thread.join(LIMIT_S)
             assert not self._thread.is_alive(), "the generator did not stop"
 
 
@@ -170,13 +170,6 @@ def sdk(server: str) -> Iterator[openai.OpenAI]:
         openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, http_client=http, timeout=60) as client,
     ):
         yield client
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def user(text: str) -> list[Any]:

@@ -10,7 +10,8 @@ import redis
 from shared.errors import AppError
 from shared.generation_client import Answer, GenerationClient
 from shared.settings import Settings
-from tests.generation.conftest import RunningGenerator, user, wait_until
+from tests.generation.conftest import RunningGenerator, user
+from tests.waiting import LIMIT_S, wait_until
 from tests.worker.test_batches import Broker
 
 
@@ -56,7 +57,7 @@ def test_open_answers_end_although_the_broker_forgot_all_signs_of_life(
             await asyncio.sleep(away_s)
             await asyncio.to_thread(broker.start)
             again = await client.submit(**{**fields, "body": {**body, "max_tokens": 3}})  # type: ignore[arg-type]
-            await asyncio.wait_for(follow(again), 20)
+            await asyncio.wait_for(follow(again), LIMIT_S)
             assert ends[-1] == "whole"
             await asyncio.sleep(6)  # by now everybody has looked who lives
             before = pieces.copy()
@@ -64,10 +65,10 @@ def test_open_answers_end_although_the_broker_forgot_all_signs_of_life(
             for answer in answers:  # they go on, unless part of them was lost, which is told
                 assert answer.is_settled or pieces[answer.request.id] > before[answer.request.id]
                 answer.cancel()
-            await asyncio.wait_for(asyncio.gather(*following), 5)
+            await asyncio.wait_for(asyncio.gather(*following), LIMIT_S)
 
     try:
         asyncio.run(asyncio.wait_for(script(), 100))
-        wait_until(lambda: not running.generator._running, timeout_s=10)
+        wait_until(lambda: not running.generator._running)
     finally:
         running.stop()

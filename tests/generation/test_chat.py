@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from shared.generation import PREFIX, REQUESTS
-from tests.generation.conftest import CONTEXT, RunningGenerator, user, wait_until
+from tests.generation.conftest import CONTEXT, RunningGenerator, user
+from tests.waiting import wait_until
 
 TINY = "acme/tiny"
 
@@ -131,7 +132,7 @@ def test_a_client_that_leaves_frees_its_slot_within_two_seconds(
     assert running.free_slots == 0
     stream.close()
     left = time.monotonic()
-    wait_until(lambda: running.free_slots == 1, timeout_s=2)
+    wait_until(lambda: running.free_slots == 1, limit_s=2)
     assert time.monotonic() - left < 2
     assert ask(sdk, max_tokens=3).usage.completion_tokens == 3
 
@@ -143,7 +144,7 @@ def test_a_client_that_leaves_a_plain_request_frees_its_slot_too(
     body = {"model": "acme/slow", "messages": user("hi"), "max_tokens": 8000, "temperature": 0}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=3))
-    wait_until(lambda: running.free_slots == 1, timeout_s=2)
+    wait_until(lambda: running.free_slots == 1, limit_s=2)
 
 
 def test_a_client_that_leaves_the_queue_is_never_started(
@@ -155,7 +156,7 @@ def test_a_client_that_leaves_the_queue_is_never_started(
     with pytest.raises(httpx.ReadTimeout):
         body = {"model": TINY, "messages": user("hi")}
         httpx.post(f"{server}/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.5))
-    wait_until(lambda: broker.xlen(REQUESTS["live"]) == 0, timeout_s=2)
+    wait_until(lambda: broker.xlen(REQUESTS["live"]) == 0, limit_s=10)
     busy.close()
 
 
@@ -233,7 +234,7 @@ def test_the_deadline_ends_a_stream_with_an_error_event(generator: RunningGenera
         for chunk in ask(sdk, model="acme/slow", stream=True, max_tokens=8000):
             text += chunk.choices[0].delta.content or ""
     assert text
-    wait_until(lambda: not generator.generator._running, timeout_s=2)
+    wait_until(lambda: not generator.generator._running)
 
 
 def test_the_sdks_helpers_work(generator: RunningGenerator, sdk: openai.OpenAI) -> None:

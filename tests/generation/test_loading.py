@@ -16,7 +16,8 @@ from shared.errors import Unavailable
 from shared.generation import WARM_UPS
 from shared.generation_client import GenerationClient
 from shared.settings import Settings
-from tests.generation.conftest import RunningGenerator, make_tiny_model, user, wait_until
+from tests.generation.conftest import RunningGenerator, make_tiny_model, user
+from tests.waiting import LIMIT_S, wait_until
 from worker.generation.warm_up import recommend
 
 TINY = "acme/tiny"
@@ -185,16 +186,16 @@ def test_a_batch_never_keeps_a_live_request_waiting(
     thread = threading.Thread(target=lambda: asyncio.run(batch()))
     thread.start()
     try:
-        assert begun.wait(30)
+        assert begun.wait(LIMIT_S)
         wait_until(lambda: running._running_of("batch") == 3)
         live = ask(sdk, model="acme/slow", stream=True, max_tokens=4000)
         next(iter(live))
         assert running.free_slots == 0
         assert running.free_batch_slots == 0
         live.close()
-        wait_until(lambda: running.free_slots == 1, timeout_s=2)
+        wait_until(lambda: running.free_slots == 1, limit_s=10)
     finally:
         over.set()
-        thread.join(timeout=30)
-    wait_until(lambda: not running._running, timeout_s=3)
+        thread.join(LIMIT_S)
+    wait_until(lambda: not running._running)
     assert running.free_batch_slots == 3

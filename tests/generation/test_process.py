@@ -16,7 +16,8 @@ import redis
 from shared.generation import GENERATORS
 from shared.heartbeat import age
 from shared.settings import Settings
-from tests.generation.conftest import RunningGenerator, user, wait_until
+from tests.generation.conftest import RunningGenerator, user
+from tests.waiting import LIMIT_S, wait_until
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -30,7 +31,7 @@ def start(settings: Settings, broker: redis.Redis) -> Iterator[Callable[[], subp
         before = broker.zcard(GENERATORS)
         process = subprocess.Popen([sys.executable, "-m", "cli.main", "worker", "generate"], env=os.environ.copy())
         started.append(process)
-        wait_until(lambda: broker.zcard(GENERATORS) > before, timeout_s=60)
+        wait_until(lambda: broker.zcard(GENERATORS) > before, limit_s=60)
         return process
 
     yield start
@@ -73,7 +74,7 @@ def test_smollm2_answers_by_its_alias(
     with pytest.raises(openai.APIError, match="being shut down"):
         for _ in chunks:
             pass
-    assert process.wait(timeout=15) == 0
+    assert process.wait(LIMIT_S) == 0
     assert age(settings, "generate") is None, "its heartbeat ended in good order"
 
 

@@ -18,7 +18,8 @@ from shared.generation import REQUESTS, Choice, Delta, Error, error_fields
 from shared.generation_client import Answer, GenerationClient
 from shared.redis_client import connect_async
 from shared.settings import Settings
-from tests.generation.conftest import RunningGenerator, wait_until
+from tests.generation.conftest import RunningGenerator
+from tests.waiting import LIMIT_S, wait_until
 from worker.generation import mailbox
 from worker.generation.mailbox import Delivery, Mailbox
 
@@ -93,7 +94,7 @@ async def scene(settings: Settings, *names: str) -> AsyncIterator[tuple[Generati
 
 
 def play(script: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(script, timeout=15))
+    asyncio.run(asyncio.wait_for(script, LIMIT_S))
 
 
 async def text_of(answer: Answer) -> str:
@@ -269,7 +270,7 @@ def test_a_request_behind_many_of_the_living_is_taken_over(settings: Settings) -
             lost = await b.take()
             await b.die()
             await asyncio.sleep(0.6)
-            found = await asyncio.wait_for(c.take_over(), 3)
+            found = await asyncio.wait_for(c.take_over(), LIMIT_S)
             assert found.request.id == lost.request.id
             for answer in answers:
                 answer.cancel()
@@ -371,6 +372,39 @@ def test_a_cancelled_request_is_heard_of_and_never_given_out_again(settings: Set
             await a.die()
             await asyncio.sleep(0.7)
             assert await b.mailbox.take_over(1) == []
+
+    play(script())
+
+
+def test_a_cancellation_heard_while_its_request_is_being_taken_is_obeyed(
+    settings: Settings, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody had cancelled it when the broker was asked, and nobody has begun it when the cancellation comes."""
+
+    async def script() -> None:
+        async with scene(settings, "a") as (client, (a,)):
+            assert await a.mailbox.take(1, wait_ms=1) == [], "makes the group"
+            answer = await client.submit(**FIELDS)
+            make = a.mailbox._redis.pipeline
+
+            def pipeline(**options: Any) -> Any:
+                made = make(**options)
+                execute = made.execute
+
+                async def execute_and_hear() -> Any:
+                    results = await execute()
+                    answer.cancel()
+                    assert await a.mailbox.cancellations() == [answer.request.id]
+                    return results
+
+                made.execute = execute_and_hear
+                return made
+
+            monkeypatch.setattr(a.mailbox._redis, "pipeline", pipeline)
+            assert await a.mailbox.take(1) == []
+            monkeypatch.undo()
+            await a.mailbox.leave()
+            assert broker.xlen(REQUESTS["live"]) == 0
 
     play(script())
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from shared.errors import AppError, BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
-from tests.generation.conftest import wait_until
 from tests.generation.parameter_table import ROWS, Row
 from tests.generation.parameter_table import answered as put_to
 from tests.generation.trained_prompt import TURNS, trained_prompt
+from tests.waiting import wait_until
 from worker import tokenizers
 from worker.base_models import resolve
 from worker.generation.backends import make_backend
@@ -346,7 +346,7 @@ def test_a_server_that_dies_fails_its_requests_and_leaves_nothing(engine: VllmEn
         return caught.value
 
     assert run(die()).code == "engine_failed"
-    wait_until(lambda: not members(engine), timeout_s=10)
+    wait_until(lambda: not members(engine))
     assert not engine.is_alive
 
 
@@ -355,5 +355,5 @@ def test_nothing_of_it_outlives_whoever_started_it(engine: VllmEngine) -> None:
     assert engine._server._process.stdin is not None
     assert engine._server.socket.exists()
     engine._server._process.stdin.close()
-    wait_until(lambda: not members(engine), timeout_s=10)
+    wait_until(lambda: not members(engine))
     assert not engine._server.socket.parent.exists(), "not even its folder"

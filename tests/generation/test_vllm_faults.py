@@ -15,7 +15,7 @@ import pytest
 from shared.errors import Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
-from tests.generation.conftest import wait_until
+from tests.waiting import wait_until
 from worker.base_models import resolve
 from worker.generation.backends import make_backend
 from worker.generation.vllm_engine import VllmBackend, VllmEngine
@@ -108,8 +108,8 @@ def test_a_killed_decoder_as_by_the_kernel_short_of_memory_takes_down_its_server
     session = engine._server._process.pid
     error = struck_while_it_answers(engine, the_one_that_decodes(engine).kill)
     assert error.code == "engine_failed"
-    wait_until(lambda: not engine.is_alive, timeout_s=30)
-    wait_until(lambda: not members(session), timeout_s=30)
+    wait_until(lambda: not engine.is_alive)
+    wait_until(lambda: not members(session))
 
 
 def test_a_decoder_that_hangs_behind_a_front_that_answers_is_noticed(engine: VllmEngine) -> None:
@@ -120,7 +120,7 @@ def test_a_decoder_that_hangs_behind_a_front_that_answers_is_noticed(engine: Vll
     assert time.monotonic() - began < 30
     assert not engine.is_alive
     engine.close()
-    wait_until(lambda: not members(engine._server._process.pid), timeout_s=10)
+    wait_until(lambda: not members(engine._server._process.pid))
 
 
 def test_nothing_outlives_a_generator_that_is_killed(vllm_settings: Settings) -> None:
@@ -137,9 +137,9 @@ def test_nothing_outlives_a_generator_that_is_killed(vllm_settings: Settings) ->
     generator = subprocess.Popen([sys.executable, "-c", program, vllm_settings.model_dump_json(), NAME])
     try:
         parent = psutil.Process(generator.pid)
-        wait_until(lambda: any(map(is_of_vllm, parent.children(recursive=True))), timeout_s=120)
+        wait_until(lambda: any(map(is_of_vllm, parent.children(recursive=True))), limit_s=120)
         children = parent.children(recursive=True)
     finally:
         os.kill(generator.pid, signal.SIGKILL)
         generator.wait()
-    wait_until(lambda: not any(lives(child) for child in children), timeout_s=10)
+    wait_until(lambda: not any(lives(child) for child in children))

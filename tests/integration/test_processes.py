@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 from cli import processes
 from cli.processes import Child, ChildSpec, GaveUp, rotate
+from tests.waiting import wait_until
 
 SHIM = Path(processes.__file__).with_name("child.py")
 
@@ -31,13 +31,6 @@ def make_child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     yield make
     for child in made:
         child.kill()
-
-
-def wait_until(condition: Callable[[], object], limit_s: float = 20) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -20,6 +19,7 @@ import pytest
 from cli import health, valkey
 from cli.listener import CannotListen, require_key_beyond_loopback
 from shared.settings import Settings
+from tests.waiting import LIMIT_S, wait_until
 
 KEY = "a-secret-that-must-not-show-4711"
 READY_LIMIT_S = 120
@@ -95,14 +95,6 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], Any], limit_s: float = 60) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return value
-
-
 @pytest.fixture(scope="module")
 def launch() -> Iterator[Callable[..., Up]]:
     launched: list[Up] = []
@@ -131,13 +123,13 @@ def test_the_one_line_on_standard_output_is_the_address(service: Up) -> None:
 
 def test_a_second_up_on_the_same_folder_is_refused_and_names_the_first(service: Up, launch: Callable[..., Up]) -> None:
     second = launch(service.data)
-    assert second.process.wait(timeout=30) == 1
+    assert second.process.wait(LIMIT_S) == 1
     assert f"is in use by another `anneal up`, process {service.process.pid}" in second.output.read_text()
 
 
 def test_a_taken_port_is_refused_before_anything_starts(service: Up, launch: Callable[..., Up], tmp_path: Path) -> None:
     second = launch(tmp_path / "data", "--port", service.url.rpartition(":")[2])
-    assert second.process.wait(timeout=30) == 1
+    assert second.process.wait(LIMIT_S) == 1
     assert "is in use by another program: choose another port" in second.output.read_text()
     assert not (tmp_path / "data" / "run" / "logs").exists()
 
@@ -185,7 +177,7 @@ def test_a_killed_worker_takes_its_pool_child_along_and_comes_back(service: Up) 
     assert worker is not None
     pool_child = wait_until(worker.children)[0]
     worker.kill()
-    wait_until(lambda: not is_alive(pool_child), 10)
+    wait_until(lambda: not is_alive(pool_child))
     wait_until(lambda: service.find("celery", "train") not in (None, worker, pool_child))
 
 
@@ -242,7 +234,7 @@ def test_the_same_folder_starts_again_with_everything_in_it(launch: Callable[...
 
     second.family()
     assert second.stop(signal.SIGKILL) == -signal.SIGKILL
-    wait_until(lambda: second.survivors() == [], 10)
+    wait_until(lambda: second.survivors() == [])
 
 
 def test_a_folder_with_a_long_name_gets_a_short_private_socket(tmp_path: Path) -> None:

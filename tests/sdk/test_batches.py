@@ -17,6 +17,7 @@ from tests.batch_rows import chat_line, completion_line
 from tests.conftest import jsonl
 from tests.fake_generator import FakeGenerator
 from tests.sdk.wire import Wire
+from tests.waiting import LIMIT_S
 from worker import batches as batch_runs
 
 
@@ -52,7 +53,7 @@ def run(settings: Settings) -> threading.Thread:
 
 
 def wait_for(sdk: OpenAI, batch_id: str, *statuses: str) -> Batch:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT_S
     while (batch := sdk.batches.retrieve(batch_id)).status not in statuses:
         assert time.monotonic() < deadline, batch
         time.sleep(0.05)

@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import LIMIT_S
+
 # Unsloth patches what is imported after it, so it must come before the tests' own transformers.
 os.environ.update(
     HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", CUDA_VISIBLE_DEVICES="", OMP_WAIT_POLICY="PASSIVE"
@@ -87,7 +89,7 @@ def processes() -> Iterator[list[psutil.Process]]:
     found: list[psutil.Process] = []
     yield found
     assert found
-    _, left = psutil.wait_procs(found, timeout=10)
+    _, left = psutil.wait_procs(found, timeout=LIMIT_S)
     for process in left:
         process.kill()
     assert not left

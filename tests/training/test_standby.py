@@ -30,7 +30,8 @@ from tests.conftest import jsonl
 from tests.rows import stored_file
 from tests.training.conftest import MakeSpec
 from tests.training.tiny_llama import alpaca_rows, make_tiny_llama
-from tests.worker.steps import claim, job_of, wait_for
+from tests.waiting import wait_until
+from tests.worker.steps import claim, job_of
 from tests.worker.test_bonds import is_locked, lives, spec_of
 from worker import base_models, run_folder, standby, supervisor
 from worker.host_lock import HostLock
@@ -111,7 +112,7 @@ def test_a_cancel_right_after_the_hand_over_is_obeyed(ahead: Standby, ours: Sett
     assert trainer is not None
     try:
         trainer.send(signal.SIGUSR1)
-        wait_for(lambda: trainer.exit_status() is not None, 30)
+        wait_until(lambda: trainer.exit_status() is not None)
         assert trainer.exit_status() == 0
         assert b'{"type":"stopped","reason":"cancelled","step":0}' in trainer.drain()
     finally:
@@ -130,7 +131,7 @@ def test_a_claim_that_is_lost_ends_the_standby_that_took_it(ours: Settings, tmp_
         trainer.read_lines(2)
         assert trainer.exit_status() is None
         lost.set()
-        wait_for(lambda: trainer.exit_status() is not None, 15)
+        wait_until(lambda: trainer.exit_status() is not None)
         assert trainer.exit_status() == -signal.SIGKILL
     finally:
         trainer.close()
@@ -146,7 +147,7 @@ def test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock(
     match harm:
         case "killed":
             os.kill(process.pid, signal.SIGKILL)
-            wait_for(lambda: process.exit_status() is not None)
+            wait_until(lambda: process.exit_status() is not None)
         case "stopped":
             process.send(signal.SIGSTOP)
         case "stale environment":
@@ -178,7 +179,7 @@ def test_a_standby_that_could_not_be_made_is_gone_and_no_job_inherits_it(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'broken'}:{Path.cwd()}")
     ahead.start()
     process = process_of(ahead)
-    wait_for(lambda: process.exit_status() == 1, 30)
+    wait_until(lambda: process.exit_status() == 1)
     process.drain()
     assert "CUDA error: out of memory" in process.last_output()
     with HostLock.acquire(tmp_path / "lock") as lock:
@@ -200,7 +201,7 @@ def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -
         os.kill(process, signal.SIGSTOP)
         worker.kill()
         worker.wait()
-        wait_for(lambda: not lives(process), 10)
+        wait_until(lambda: not lives(process))
     finally:
         worker.kill()
         if lives(process):
@@ -211,7 +212,7 @@ def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -
         clear_folders(ours)
         return not list(run_folder.standbys(ours).iterdir())
 
-    wait_for(is_cleared)  # the last of its threads may still be going, and the lock with it
+    wait_until(is_cleared)  # the last of its threads may still be going, and the lock with it
 
 
 def test_a_folder_in_use_is_not_cleared(ahead: Standby, ours: Settings) -> None:
@@ -352,7 +353,7 @@ def run_ahead(settings: Settings, spec: TrainerSpec, folder: Path, *, ready: boo
     kept = Standby(settings)
     kept.start()
     if ready:
-        wait_for(lambda: any(run_folder.standbys(settings).glob(f"*/{READY}")), 120)
+        wait_until(lambda: any(run_folder.standbys(settings).glob(f"*/{READY}")), 120)
     lock = HostLock.acquire(folder / "lock")
     trainer = kept.take(spec, folder / "trainer.log", lock, threading.Event())
     assert trainer is not None

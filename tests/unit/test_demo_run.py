@@ -20,6 +20,7 @@ from cli.demo import report, work
 from cli.demo.progress import progress
 from cli.demo.service import ServiceFailed, running
 from shared.trainer_protocol import Metrics
+from tests.waiting import LIMIT_S
 from worker.recorder import step_data
 
 JOB = {
@@ -154,5 +155,5 @@ def test_a_killed_demo_takes_its_service_with_it(tmp_path: Path):
     assert family
     demo.kill()
     demo.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
     assert not alive

@@ -10,6 +10,7 @@ from cli import health
 from shared import heartbeat
 from shared.heartbeat import Heartbeat, age, heartbeat_path
 from shared.settings import Settings
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -25,10 +26,7 @@ def test_the_thread_renews_the_heartbeat_while_the_block_runs(settings: Settings
     with Heartbeat(settings, "train", every_s=0.02):
         path = heartbeat_path(settings, "train")
         os.utime(path, (0, 0))
-        deadline = time.monotonic() + 5
-        while path.stat().st_mtime == 0:
-            assert time.monotonic() < deadline, "no beat came"
-            time.sleep(0.01)
+        wait_until(lambda: path.stat().st_mtime)
 
 
 def test_without_a_thread_only_the_caller_beats(settings: Settings) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from shared.trainer_protocol import Event, Stopped, parse
 from shared.training_spec import TrainingSpec
+from tests.waiting import LIMIT_S
 from worker.training import memory
 from worker.training.environment import trainer_environment
 from worker.training.failures import Diverged, describe
@@ -108,7 +109,7 @@ def test_a_trainer_on_a_leash_says_that_it_lives_and_ends_when_its_supervisor_is
             trainer.stdin.flush()
             time.sleep(0.5)
         assert trainer.poll() is None
-        assert trainer.wait(10) == -signal.SIGKILL
+        assert trainer.wait(LIMIT_S) == -signal.SIGKILL
         assert {parse(line).type for line in trainer.stdout} == {"alive"}
         said = trainer.stderr.read()
     assert said.startswith(b"the spec\n")
@@ -127,7 +128,7 @@ def test_a_full_pipe_does_not_hold_up_the_leash() -> None:
         assert trainer.stdin is not None
         trainer.stdin.write(b"the spec\n")
         trainer.stdin.flush()
-        assert trainer.wait(20) == -signal.SIGKILL
+        assert trainer.wait(LIMIT_S) == -signal.SIGKILL
 
 
 def test_an_invalid_spec_is_told_on_the_protocol() -> None:

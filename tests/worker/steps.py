@@ -2,8 +2,6 @@
 
 import sys
 import threading
-import time
-from collections.abc import Callable
 
 import psutil
 from sqlalchemy import select, update
@@ -59,13 +57,6 @@ def failing(code: str, message: str) -> tuple[str, ...]:
         f"message = Failed(code={code!r}, message={message!r}).model_dump_json()\n"
         "os.write(int(os.environ['ANNEAL_PROTOCOL_FD']), message.encode() + b'\\n'); sys.exit(1)\n",
     )
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def in_thread(job: Job, settings: Settings) -> threading.Thread:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from tests.batch_rows import COMPLETIONS, MODEL, batch_of, chat_line, completion
 from tests.conftest import chat_row, jsonl
 from tests.fake_generator import FakeGenerator
 from tests.rows import stored_file
+from tests.waiting import LIMIT_S, wait_until
 from worker import batches as batch_runs
 from worker import expiry, lifecycle, tasks
 from worker.sweeper import Sweeper
@@ -91,15 +92,8 @@ def running(settings: Settings) -> Iterator[threading.Thread]:
     thread = threading.Thread(target=run, args=(settings,))
     thread.start()
     yield thread
-    thread.join(timeout=30)
+    thread.join(LIMIT_S)
     assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def content(settings: Settings, file_id: str | None) -> list[dict[str, Any]]:
@@ -287,7 +281,7 @@ def test_a_shutdown_gives_the_claim_back_and_another_worker_goes_on(
         wait_until(lambda: batch_of(batch_id).completed == 2)
         shutdown.set()
         began = time.monotonic()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     batch = batch_of(batch_id)
     assert (batch.status, batch.lease_until, batch.completed) == (BatchStatus.IN_PROGRESS, None, 2)
     monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
@@ -309,7 +303,7 @@ def test_a_real_worker_takes_the_hint_and_on_sigterm_gives_the_batch_back(
         Sweeper(settings).resend_hints()
         wait_until(lambda: batch_of(batch_id).completed == 1, 40)
         worker.terminate()
-        assert worker.wait(timeout=15) == 0
+        assert worker.wait(LIMIT_S) == 0
     finally:
         worker.kill()
         worker.wait()
@@ -382,7 +376,7 @@ def test_files_are_checked_while_a_batch_runs(settings: Settings, generator: Fak
     wait_until(is_checked)
     assert batch_of(batch_id).status == BatchStatus.IN_PROGRESS
     generator.release.set()
-    thread.join(timeout=30)
+    thread.join(LIMIT_S)
     assert not thread.is_alive() and batch_of(batch_id).status == BatchStatus.COMPLETED
 
 

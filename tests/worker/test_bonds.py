@@ -22,7 +22,8 @@ from shared.settings import Settings
 from shared.training_spec import TrainerSpec
 from tests.campaign.sqlite_locks import SqliteLocks
 from tests.campaign.toy_trainer import COMMAND
-from tests.worker.steps import after_grace, claim, job_of, messages, wait_for
+from tests.waiting import LIMIT_S, wait_until
+from tests.worker.steps import after_grace, claim, job_of, messages
 from worker import lifecycle, supervisor
 from worker.host_lock import HostLock, LockHeld
 from worker.sweeper import Sweeper
@@ -54,7 +55,7 @@ def trainer_in(folder: Path, leash_s: float = LEASH_S) -> Iterator[tuple[Trainer
     lock = HostLock.acquire(folder / "lock")
     trainer = TrainerProcess(spec_of(folder, leash_s), folder / "trainer.log", lock, lost, COMMAND)
     try:
-        wait_for(lambda: b'"metrics"' in b"".join(trainer.read_lines(0.2)))
+        wait_until(lambda: b'"metrics"' in b"".join(trainer.read_lines(0.2)))
         yield trainer, lost
     finally:
         trainer.close()
@@ -89,7 +90,7 @@ def test_a_trainer_lives_on_for_as_long_as_its_supervisor_shows_signs_of_life(tm
 def test_a_trainer_whose_claim_is_lost_ends_itself_while_its_supervisor_is_busy(tmp_path: Path) -> None:
     with trainer_in(tmp_path) as (trainer, lost):
         lost.set()
-        wait_for(lambda: trainer.exit_status() is not None, LEASH_S + 2)
+        wait_until(lambda: trainer.exit_status() is not None, LEASH_S + 2)
         assert trainer.exit_status() == -signal.SIGKILL
 
 
@@ -109,7 +110,7 @@ def test_a_trainer_of_a_stopped_supervisor_ends_before_the_lease_could(tmp_path:
         time.sleep(1.5)
         assert lives(trainer)
         holder.send_signal(signal.SIGSTOP)
-        wait_for(lambda: not lives(trainer), LEASH_S + 2)
+        wait_until(lambda: not lives(trainer), LEASH_S + 2)
     finally:
         holder.kill()
         holder.wait()
@@ -149,7 +150,7 @@ def test_a_trainer_that_was_stopped_is_killed_and_its_job_goes_on(
     stopped: list[int] = []
 
     def stop_it() -> None:
-        wait_for(lambda: (job_of(job_id).current_step or 0) >= 7)
+        wait_until(lambda: (job_of(job_id).current_step or 0) >= 7)
         toys = [p for p in psutil.Process().children() if "tests.campaign.toy_trainer" in p.cmdline()]
         toys[0].suspend()
         stopped.append(toys[0].pid)
@@ -172,7 +173,7 @@ def stop_between_transactions(process: int, settings: Settings) -> None:
     locks = SqliteLocks(Path(path)) if settings.resolved_database_url.startswith("sqlite") and path else None
     while True:
         os.kill(process, signal.SIGSTOP)
-        wait_for(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
+        wait_until(lambda: psutil.Process(process).status() == psutil.STATUS_STOPPED)
         if locks is None or process not in locks.holders():
             return
         os.kill(process, signal.SIGCONT)
@@ -189,7 +190,7 @@ def test_a_supervisor_stopped_past_its_lease_commits_nothing_and_its_successor_f
         supervisor.supervise(claim(settings), settings, COMMAND)
         os._exit(0)
     try:
-        wait_for(lambda: (job_of(job_id).current_step or 0) >= 6)
+        wait_until(lambda: (job_of(job_id).current_step or 0) >= 6)
         stop_between_transactions(child, settings)
         after_grace(settings)
         with transaction() as session:
@@ -223,6 +224,6 @@ def test_a_worker_whose_trainer_outlives_sigkill_claims_nothing_until_it_is_gone
     assert waiting.is_alive()
     survivor.kill()
     survivor.wait()
-    waiting.join(5)
+    waiting.join(LIMIT_S)
     assert not waiting.is_alive()
     lifecycle.wait_out_quarantine()  # and never again

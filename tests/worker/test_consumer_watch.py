@@ -8,6 +8,7 @@ import pytest
 from shared.queue import TRAIN, make_celery, send
 from shared.redis_client import connect
 from shared.settings import Settings
+from tests.waiting import LIMIT_S
 from worker import consumer_watch, lifecycle
 from worker.consumer_watch import LOOKS, ConsumerWatch
 
@@ -61,7 +62,7 @@ def test_a_deaf_worker_ends_its_process(settings: Settings, monkeypatch: pytest.
     send(make_celery(settings), TRAIN)
     watch = ConsumerWatch(settings, QUEUE)
     watch.start()
-    watch.join(5)
+    watch.join(LIMIT_S)
     assert ended == [consumer_watch.EXIT_STATUS]
 
 
@@ -86,7 +87,7 @@ def test_a_worker_told_to_leave_is_given_time_for_its_task_and_no_more(
     assert not ended, "its child is in a task"
     lifecycle.working.set(False)
     idle_at = time.monotonic()
-    watch.join(5)
+    watch.join(LIMIT_S)
     assert 0.3 < ended[0] - idle_at < 2
 
 

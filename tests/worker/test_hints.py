@@ -1,7 +1,5 @@
 """Hints that were lost are sent again by the sweep: as many as there is work for, and never without end."""
 
-import time
-
 import redis
 
 from shared import job_creation
@@ -11,6 +9,7 @@ from shared.queue import QUEUE_OF, TRAIN, VALIDATE_FILES
 from shared.schemas import JobCreate
 from shared.settings import Settings
 from tests.shared.test_jobs import add_file
+from tests.waiting import wait_until
 from tests.worker.steps import BASE
 from worker.sweeper import MOST_HINTS, Sweeper
 
@@ -45,7 +44,4 @@ def test_a_sweep_sends_the_hints_that_a_lost_broker_took_along(settings: Setting
     assert waiting() == (MOST_HINTS, 1)
     broker.flushall()
     sweeper.sweep()  # beside its pass, so that a broker that hangs holds up no lease
-    deadline = time.monotonic() + 10
-    while waiting() != (MOST_HINTS, 1):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: waiting() == (MOST_HINTS, 1))

@@ -16,7 +16,8 @@ from shared.db import reading, transaction
 from shared.models import Event, Job, Metric
 from shared.settings import Settings
 from tests.campaign.toy_trainer import COMMAND
-from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next, toys, wait_for
+from tests.waiting import LIMIT_S, wait_until
+from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next, toys
 from worker import lifecycle, supervisor, tasks
 
 
@@ -33,9 +34,9 @@ def resume(job_id: str) -> Job:
 def pause_at(job_id: str, step: int, settings: Settings) -> None:
     """Run the next job, which is this one, and pause it when it has done the step."""
     thread = in_thread(claim(settings), settings)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= step)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= step)
     assert pause(job_id).status == "running"
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert not thread.is_alive() and toys() == []
 
 
@@ -90,8 +91,8 @@ def test_a_worker_whose_job_was_paused_goes_on_with_the_next(
 
     thread = threading.Thread(target=tasks.train)
     thread.start()
-    wait_for(watch)
-    thread.join(20)
+    wait_until(watch)
+    thread.join(LIMIT_S)
     assert (job_of(paused).status, job_of(other).status) == ("paused", "succeeded")
 
 
@@ -101,7 +102,7 @@ def test_a_pause_is_obeyed_however_little_of_the_run_there_is(settings: Settings
         thread = in_thread(claim(settings), settings)
         time.sleep(delay_s)
         pause(job_id)
-        thread.join(20)
+        thread.join(LIMIT_S)
         assert (job_of(job_id).status, job_of(job_id).attempts) == ("paused", 0), messages(job_id)
 
 
@@ -112,7 +113,7 @@ def test_a_trainer_that_does_not_stop_in_time_is_killed_and_its_job_paused(
     job_id = submit(steps=1000, step_s=0.05, save_steps=2, behaviour="deaf")
     began = time.monotonic()
     pause_at(job_id, 5, quick)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30, "it would train for 50 s"
     job = job_of(job_id)
     assert (job.status, job.attempts) == ("paused", 0)
     with reading() as session:
@@ -125,11 +126,11 @@ def test_a_pause_that_is_withdrawn_after_the_trainer_was_told_sends_the_job_to_t
 ) -> None:
     job_id = submit(steps=8, step_s=1.0)  # stops at the end of a step, and there is time to change one's mind
     thread = in_thread(claim(settings), settings)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
     pause(job_id)
     time.sleep(4 * settings.poll_s)  # the signal is on its way
     assert resume(job_id).status == "running"
-    thread.join(20)
+    thread.join(LIMIT_S)
     job = job_of(job_id)
     assert (job.status, job.attempts, job.pause_requested_at) == ("queued", 0, None)
     assert not any(message.startswith("Job paused") for message in messages(job_id))
@@ -140,15 +141,15 @@ def test_a_cancel_wins_while_a_trainer_saves_for_a_pause(settings: Settings, sub
     quick = settings.model_copy(update={"trainer_stop_s": 0.5})
     job_id = submit(steps=1000, step_s=0.05, behaviour="deaf")
     thread = in_thread(claim(settings), quick)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
     pause(job_id)
     time.sleep(4 * settings.poll_s)
     began = time.monotonic()
     with transaction() as session:
         jobs.request_cancel(session, "default", job_id)
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert job_of(job_id).status == "cancelled"
-    assert time.monotonic() - began < 5, "the deadline is the cancel's, not the minute of the pause"
+    assert time.monotonic() - began < 30, "the deadline is the cancel's, not the minute of the pause"
 
 
 def test_a_deploy_while_a_pause_is_asked_for_ends_paused(
@@ -158,22 +159,22 @@ def test_a_deploy_while_a_pause_is_asked_for_ends_paused(
     job_id = submit(steps=1000, step_s=0.05)
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})  # it never reads the request
     thread = in_thread(claim(settings), blind)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
     pause(job_id)
     lifecycle.shutdown.set()
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert job_of(job_id).status == "paused"
 
 
 def test_a_trainer_that_dies_while_a_pause_is_asked_for_leaves_a_paused_job_with_the_reason(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
-    job_id = submit(steps=5, save_steps=1, step_s=0.3, behaviour="kill_at_3")
+    job_id = submit(steps=5, save_steps=1, step_s=0.8, behaviour="kill_at_3")
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})
     thread = in_thread(claim(settings), blind)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
     pause(job_id)
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert job_of(job_id).status == "paused"
     said = messages(job_id)
     assert said[-1] == "Job paused at step 2" and "SIGKILL" in said[-2]
@@ -185,12 +186,12 @@ def test_a_trainer_that_dies_while_a_pause_is_asked_for_leaves_a_paused_job_with
 def test_a_run_that_ends_while_a_pause_is_asked_for_has_succeeded(
     settings: Settings, submit: Callable[..., str]
 ) -> None:
-    job_id = submit(steps=3, step_s=0.3)
+    job_id = submit(steps=3, step_s=0.8)
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})
     thread = in_thread(claim(settings), blind)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
     pause(job_id)
-    thread.join(20)
+    thread.join(LIMIT_S)
     assert job_of(job_id).status == "succeeded"
 
 

@@ -1,6 +1,5 @@
 """Supervision with checkpoints and files in S3 (a real server on loopback) and hosts that share nothing else."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from shared.checkpoint_files import sha256_of
 from shared.db import reading
 from shared.models import Checkpoint, Metric
 from shared.settings import Settings, get_settings
-from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next, wait_for
+from tests.waiting import wait_until
+from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next
 from worker import garbage
 
 
@@ -76,15 +76,14 @@ def test_checkpoints_wait_while_the_bucket_is_away_and_training_goes_on(
 ) -> None:
     job_id = submit(steps=20, save_steps=5, step_s=0.1)
     thread = in_thread(claim(settings), settings)
-    wait_for(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
     _, port = server.get_host_and_port()
     server.stop()
-    time.sleep(2.5)
+    wait_until(lambda: "waits for the storage" in caplog.text)  # the client itself has tried again before
     assert thread.is_alive()
     again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     again.start()
     thread.join(60)
-    assert "waits for the storage" in caplog.text
     job = job_of(job_id)
     assert (job.status, job.fence, job.faults) == ("succeeded", 1, 0), job.error
     with reading() as session:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.worker.steps import wait_for
+from tests.waiting import wait_until
 from tests.worker.test_bonds import lives, spec_of
 from worker.host_lock import HostLock
 from worker.trainer_process import TrainerProcess
@@ -42,10 +42,10 @@ def test_what_a_trainer_started_is_gone_once_it_was_killed(tmp_path: Path) -> No
     command = (sys.executable, "-c", script)
     trainer = TrainerProcess(spec_of(tmp_path), tmp_path / "trainer.log", lock, threading.Event(), command)
     try:
-        wait_for(lambda: bool(psutil.Process(trainer.pid).children()))
+        wait_until(lambda: bool(psutil.Process(trainer.pid).children()))
         (started,) = psutil.Process(trainer.pid).children()
         trainer.kill()
-        wait_for(lambda: not lives(started.pid), 5)
+        wait_until(lambda: not lives(started.pid), 5)
     finally:
         trainer.close()
 
@@ -59,7 +59,7 @@ def test_a_trainer_that_was_stopped_dies_with_its_killed_supervisor(tmp_path: Pa
         os.kill(trainer, signal.SIGSTOP)
         supervisor.kill()
         supervisor.wait()
-        wait_for(lambda: not lives(trainer), 10)
+        wait_until(lambda: not lives(trainer))
     finally:
         supervisor.kill()
         if lives(trainer):

@@ -18,7 +18,8 @@ from shared.db import reading, transaction
 from shared.models import Event, Job, Metric
 from shared.settings import Settings
 from shared.trainer_protocol import Started
-from tests.worker.steps import expected, job_of, messages, run_next, wait_for
+from tests.waiting import wait_until
+from tests.worker.steps import expected, job_of, messages, run_next
 from worker import wandb_feed
 from worker.training.environment import trainer_environment
 
@@ -60,7 +61,7 @@ def finished_runs(settings: Settings, job_id: str, count: int) -> list[list[dict
     def files() -> list[Path]:
         return sorted(folder.glob(f"offline-run-*/run-{job_id}.wandb"), key=lambda path: path.stat().st_mtime)
 
-    wait_for(lambda: len(files()) >= count and not reporters(), 60)
+    wait_until(lambda: len(files()) >= count and not reporters(), 60)
     return [records(file) for file in files()]
 
 
@@ -192,11 +193,11 @@ def test_a_process_that_reads_no_more_is_killed_soon_after_the_end(
             versions={},
         )
     )
-    wait_for(lambda: bool(reporters()))
+    wait_until(lambda: bool(reporters()))
     feed.end(0, note="x" * 2**20)  # more than a pipe holds
     feed.close()
-    wait_for(lambda: not reporters(), 10)
-    wait_for(lambda: not any(thread.name == f"wandb-{job.id}" for thread in threading.enumerate()), 10)
+    wait_until(lambda: not reporters())
+    wait_until(lambda: not any(thread.name == f"wandb-{job.id}" for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize("code", ["import time; time.sleep(600)", None])
@@ -225,11 +226,11 @@ def test_its_processes_die_with_their_worker(
             p for p in psutil.Process(child).children(recursive=True) if "wandb" in " ".join([p.name(), *p.cmdline()])
         ]
 
-    wait_for(lambda: len(processes()) == (2 if code is None else 1), 60)
+    wait_until(lambda: len(processes()) == (2 if code is None else 1), 60)
     left = processes()
     os.kill(child, 9)
     os.waitpid(child, 0)
-    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left), 15)
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left))
 
 
 @pytest.mark.usefixtures("settings")

@@ -23,6 +23,7 @@ from shared.generation import (
     GONE_S,
     GROUP,
     KEY_TTL_S,
+    MAX_CANCELS,
     MAX_REPLIES,
     REQUESTS,
     SILENT_MS,
@@ -127,7 +128,9 @@ class Mailbox:
         self._has_unsent = asyncio.Event()
         self._is_urgent = asyncio.Event()
         self._next_write_at = 0.0
-        self._last_cancel: str | None = None
+        self._last_cancel = "0"
+        self._cancelled: dict[str, None] = {}
+        """Ids heard of, oldest first: while the broker is asked about a request, its cancellation may come by."""
         self._missing_since: dict[str, float] = {}
         """Readers without a sign of life, as long as the broker has been reachable."""
 
@@ -191,7 +194,7 @@ class Mailbox:
         now_ms = seconds * 1000 + microseconds // 1000
         accepted = []
         for (entry_id, _, attempt), request, is_cancelled in zip(entries, requests, cancelled, strict=True):
-            if request is None or is_cancelled:
+            if request is None or is_cancelled or request.id in self._cancelled:
                 self._settled[kind].append(entry_id)
                 self._wake()
                 continue
@@ -202,16 +205,16 @@ class Mailbox:
         return accepted
 
     async def cancellations(self) -> list[str]:
-        """Ids cancelled since the last call; waits up to a second for one."""
-        if self._last_cancel is None:
-            newest: Any = await self._redis.xrevrange(CANCELS, count=1)
-            self._last_cancel = newest[0][0].decode() if newest else "0"
+        """Ids cancelled since the last call; waits up to a second for one. The first call hears of old ones too."""
         streams: Any = await self._redis.xread({CANCELS: self._last_cancel}, count=1000, block=READ_BLOCK_MS)
         ids = []
         for _, entries in streams:
             for entry_id, fields in entries:
                 self._last_cancel = entry_id.decode()
                 ids.append(fields[b"id"].decode())
+        self._cancelled |= dict.fromkeys(ids)
+        while len(self._cancelled) > MAX_CANCELS:
+            del self._cancelled[next(iter(self._cancelled))]
         return ids
 
     async def beat(self, readers: Iterable[str]) -> set[str]:

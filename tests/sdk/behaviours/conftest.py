@@ -23,6 +23,7 @@ from tests.integration.test_up import KEY, Up
 from tests.sdk.data import SHORT, TINY, chat_rows, jsonl, make_models
 from tests.sdk.runs import Runs
 from tests.sdk.wire import Wire
+from tests.waiting import LIMIT_S
 
 MAX_UPLOAD_BYTES = 16 * 2**20
 SETTINGS = {
@@ -160,7 +161,7 @@ def api_process(service: Up, log: Path, **settings: str) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(LIMIT_S)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ from uuid import uuid4
 import pytest
 from openai import APIConnectionError, ConflictError, OpenAI
 
-from tests.integration.test_up import Up, wait_until
+from tests.integration.test_up import Up
 from tests.sdk.behaviours.conftest import CreateJob, Upload, openai
 from tests.sdk.data import TINY, chat_rows, jsonl
 from tests.sdk.wire import Wire
+from tests.waiting import wait_until
 
 JOBS = "/v1/fine_tuning/jobs"
 

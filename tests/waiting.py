@@ -1,0 +1,23 @@
+"""Waiting for what other threads and processes do."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+LIMIT_S = 60.0
+"""For a machine that has much else to do. Only a test that fails waits so long."""
+
+Found = TypeVar("Found")
+
+
+def wait_until(condition: Callable[[], Found], limit_s: float = LIMIT_S) -> Found:
+    """Ask until the answer is true; return it.
+
+    Raises:
+        AssertionError: it was not within the limit.
+    """
+    deadline = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"it did not happen within {limit_s:g} s; the last answer was {found!r}"
+        time.sleep(0.02)
+    return found
