@@ -40,6 +40,8 @@ class Up:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
+                # A shell's background job, which the tests may be part of, ignores Ctrl-C, and so would this.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 env=environment | {"ANNEAL_HUB_OFFLINE": "1", "ANNEAL_API_KEY": KEY} | settings,
             )
         self.line = ""
