@@ -71,7 +71,7 @@ def _folder(data: Path | None) -> contextlib.AbstractContextManager[str | Path]:
 
 @contextlib.contextmanager
 def _started(console: Console, folder: str | Path) -> Iterator[tuple[Service, float]]:
-    say(console, f"Starting the service in {folder}. The demo takes about five minutes on two idle CPU cores.")
+    say(console, f"Starting the service in {folder}. The demo takes about four minutes on two idle CPU cores.")
     began = time.monotonic()
     with running(Path(folder)) as service:
         start_s = time.monotonic() - began

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.demo.progress import clock, printable, say
-from cli.demo.scoring import KEYS, Score, is_exact, score
+from cli.demo.scoring import Score, is_exact, score
 from cli.demo.work import BASE_MODEL, PROMPTS, TRAINING, Ticket
 
 EXAMPLES = 4
@@ -53,7 +53,7 @@ def show(console: Console, run: Run) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("exact match", _rate(before.exact, before), _rate(after.exact, after), style="bold")
     table.add_row("valid JSON", _rate(before.valid_json, before), _rate(after.valid_json, after), end_section=True)
-    for key in KEYS:
+    for key in after.right:
         table.add_row(f"{key} right", _rate(before.right[key], before), _rate(after.right[key], after))
     console.print(table)
 

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KEYS = ("category", "priority", "product", "needs_reply")
-
 
 def parsed(answer: str) -> dict[str, Any] | None:
     """The JSON object that `answer` is; None if it is anything else."""
@@ -44,7 +42,7 @@ class Score:
     exact: int
     valid_json: int
     right: Mapping[str, int]
-    """Of each key: how many answers have it right, whatever the rest of the answer is."""
+    """Of each key wanted: how many answers have it right, whatever the rest of the answer is."""
 
     @property
     def exact_rate(self) -> float:
@@ -56,7 +54,7 @@ class Score:
 
 
 def score(results: Iterable[tuple[str, Mapping[str, Any]]]) -> Score:
-    """Count over (answer, wanted) pairs.
+    """Count over (answer, wanted) pairs, whose wanted objects have the same keys.
 
     Raises:
         ValueError: there are none.
@@ -69,5 +67,5 @@ def score(results: Iterable[tuple[str, Mapping[str, Any]]]) -> Score:
         tickets=len(pairs),
         exact=sum(is_exact(answer, wanted) for answer, wanted in pairs),
         valid_json=sum(parsed(answer) is not None for answer, _ in pairs),
-        right={key: sum(key in got and _same(got[key], wanted[key]) for got, wanted in found) for key in KEYS},
+        right={key: sum(key in got and _same(got[key], wanted[key]) for got, wanted in found) for key in pairs[0][1]},
     )

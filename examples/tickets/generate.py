@@ -2,8 +2,8 @@
 
     python -m examples.tickets.generate [FOLDER]
 
-A ticket is drawn label first: category, priority, needs_reply and product, then a sentence for each from the split's
-own patterns, in any order, with small talk, greetings, typos and sloppy case around them. Nothing is written to the
+A ticket is drawn label first: category, priority and product, then sentences that say them from the split's own
+patterns, in any order, with small talk, greetings, typos and sloppy case around them. Nothing is written to the
 text that would give a label away by its place, and no two tickets of the three files are the same.
 """
 
@@ -18,14 +18,12 @@ from typing import Any
 from examples.tickets.patterns import CATEGORIES, MONTHS, PRIORITIES, PRODUCTS, TEST, TRAIN, VALIDATION, Patterns
 
 SEED = 20260
-ROWS = {"train": 720, "validation": 40, "test": 120}
+ROWS = {"train": 400, "validation": 16, "test": 120}
 PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-SYSTEM = "Triage as JSON: category, priority (low, high), product, needs_reply."
-ANSWERS = (False, False, True)
-"""What tickets say about an answer, in equal parts."""
-FILLERS = (0, 1, 2)
+SYSTEM = "Triage as JSON: category, priority (low, high), product."
+FILLERS = (0, 0, 1)
 """How many sentences of small talk a ticket has, in equal parts."""
-GREETED_SHARE, SIGNED_SHARE = 0.4, 0.3
+GREETED_SHARE, SIGNED_SHARE = 0.3, 0.2
 NOISY_SHARE = {"lower case": 0.1, "no punctuation": 0.05, "typos": 0.15}
 
 
@@ -49,21 +47,17 @@ def tickets(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     patterns: Patterns = PATTERNS[split]
     issues = {category: Deck(patterns.issue[category], rng) for category in CATEGORIES}
     urgencies = {priority: Deck(sentences, rng) for priority, sentences in patterns.urgency.items()}
-    answers = {wanted: Deck(sentences, rng) for wanted, sentences in patterns.answer.items()}
     fillers, openings, closings = (Deck(d, rng) for d in (patterns.filler, patterns.opening, patterns.closing))
-    categories, priorities, products, wishes = (Deck(d, rng) for d in (CATEGORIES, PRIORITIES, PRODUCTS, ANSWERS))
+    categories, priorities, products, talk = (Deck(d, rng) for d in (CATEGORIES, PRIORITIES, PRODUCTS, FILLERS))
     while True:
         category, priority, product = categories.draw(), priorities.draw(), products.draw()
-        issue = issues[category].draw()
-        asks = category == "usage" or issue.endswith("?")
-        needs_reply = True if asks else wishes.draw()  # nobody asks something and then wants no answer
-        sentences = [_name_product(issue, product, rng), urgencies[priority].draw(), answers[needs_reply].draw()]
-        sentences += [fillers.draw() for _ in range(rng.choice(FILLERS))]
+        sentences = [_name_product(issues[category].draw(), product, rng), urgencies[priority].draw()]
+        sentences += [fillers.draw() for _ in range(talk.draw())]
         rng.shuffle(sentences)
         opening = openings.draw() if rng.random() < GREETED_SHARE else ""
         closing = closings.draw() if rng.random() < SIGNED_SHARE else ""
         text = _fill(" ".join(filter(None, (opening, *sentences, closing))), rng)
-        labels = {"category": category, "priority": priority, "product": product, "needs_reply": needs_reply}
+        labels = {"category": category, "priority": priority, "product": product}
         yield _roughen(text, product, rng), labels
 
 

@@ -4,7 +4,6 @@ Three things are said in words and one by name:
 
     issue      what it is about      → category   (one sentence, names the product as {p})
     urgency    how soon              → priority   (one sentence)
-    answer     whether to write back → needs_reply (one sentence)
     filler     nothing that counts
 
 `TRAIN`, `VALIDATION` and `TEST` share no sentence. Held-out sentences are other constructions, not paraphrases by one
@@ -28,15 +27,13 @@ class Patterns:
     """By category."""
     urgency: dict[str, tuple[str, ...]]
     """By priority."""
-    answer: dict[bool, tuple[str, ...]]
-    """By needs_reply."""
     filler: tuple[str, ...]
     opening: tuple[str, ...]
     closing: tuple[str, ...]
 
     def sentences(self) -> tuple[str, ...]:
         """All that carry meaning or fill; greetings and sign-offs are left out."""
-        groups = (*self.issue.values(), *self.urgency.values(), *self.answer.values(), self.filler)
+        groups = (*self.issue.values(), *self.urgency.values(), self.filler)
         return tuple(sentence for group in groups for sentence in group)
 
 
@@ -364,76 +361,6 @@ TRAIN = Patterns(
             "There is lots of time.",
         ),
     },
-    answer={
-        True: (
-            "What should I do now?",
-            "Could you let me know what to do?",
-            "Please call me about it.",
-            "Can you tell me what happens next?",
-            "What do you suggest?",
-            "Let me know what you think.",
-            "Tell me what you need from me.",
-            "I want to know what you will do about it.",
-            "Please explain to me what is going on.",
-            "Could you give me a ring?",
-            "Looking forward to hearing from you.",
-            "Waiting to hear from you.",
-            "Let me hear from you.",
-            "It would be nice to hear from you.",
-            "Please get in touch with me.",
-            "Please advise.",
-            "Please confirm that you got this.",
-            "Please tell me how we go on from here.",
-            "Can somebody get back to me?",
-            "Get back to me, please.",
-            "When can I expect news from you?",
-            "How can you help me?",
-            "Who can help me with this?",
-            "Please tell me when it is done.",
-            "Which step comes next?",
-            "Please phone me.",
-            "Is there anything I can do myself?",
-            "Please tell me if you need more from me.",
-        ),
-        False: (
-            "No need to reply.",
-            "You do not have to write back.",
-            "This is just for your information.",
-            "I do not need an answer.",
-            "Please do not answer this mail.",
-            "No response needed.",
-            "FYI only.",
-            "I am not waiting for a reply.",
-            "You can close this without answering.",
-            "An answer is not necessary.",
-            "no answer required, thx",
-            "I only mention it for your records.",
-            "Do not bother to write back.",
-            "This message is for your files, nothing more.",
-            "I do not expect a reply.",
-            "You need not respond.",
-            "No feedback necessary.",
-            "For your information, nothing else.",
-            "I am not asking for a response.",
-            "It is meant as information for you.",
-            "Answering is not needed.",
-            "You do not need to answer this.",
-            "This is merely a notice.",
-            "I ask for no answer.",
-            "I am simply reporting this.",
-            "Consider it a note for your team.",
-            "No reply, please.",
-            "don't reply",
-            "I only want to inform you of this.",
-            "This is to inform you, no more.",
-            "You can leave this without a reply.",
-            "Just to inform your team.",
-            "It is for information only.",
-            "I simply wanted to inform you.",
-            "Leave this mail unanswered, please.",
-            "This is only a note.",
-        ),
-    },
     filler=(
         "I bought it in {m}.",
         "I have been a customer for {n} years.",
@@ -691,50 +618,6 @@ VALIDATION = Patterns(
             "It is not important when you do this.",
         ),
     },
-    answer={
-        True: (
-            "I would like to hear back from you.",
-            "Please send me an answer.",
-            "Tell me please what I should do.",
-            "I hope to hear from you about it.",
-            "Please send me a reply.",
-            "Would you get back to me on this?",
-            "Tell me please how to go on.",
-            "A short response would be nice.",
-            "Please answer.",
-            "I would really like an answer.",
-            "Let me know, please, how this goes on.",
-            "Can you write back to me?",
-            "I am waiting for your response.",
-            "Please tell me what to do.",
-            "When will I hear from you?",
-            "Would somebody please call me back?",
-            "I ask you for a quick reply.",
-        ),
-        False: (
-            "A reply is not needed.",
-            "I am just informing you, no answer please.",
-            "You need not get back to me.",
-            "A reply is not required.",
-            "You may leave this unanswered.",
-            "I merely wanted to inform you.",
-            "It is not necessary to get back to me.",
-            "Save yourself the answer, this is only a note.",
-            "Please do not reply.",
-            "I am telling you this for information only.",
-            "I don't expect you to respond.",
-            "There is no need to answer.",
-            "I don't need a reply to this.",
-            "This mail is only for your information.",
-            "Please don't write back.",
-            "I wanted you to know, that is all, no answer needed.",
-            "You do not have to respond.",
-            "Just a note for you, nothing to answer.",
-            "Not necessary to reply.",
-            "I'm only reporting it, no response please.",
-            "No need to call me or to write.",
-        ),
-    },
     filler=(
         "We got it in {m} from a friend.",
         "The number on the form is {o}.",
@@ -877,30 +760,6 @@ TEST = Patterns(
             "Please look at it whenever you have time.",
             "We are not in a rush with this.",
             "It is nothing important, so take as long as you need.",
-        ),
-    },
-    answer={
-        True: (
-            "Can you tell me what to do?",
-            "Please let us know how to go on.",
-            "Could somebody call me?",
-            "Please get back to me about this.",
-            "What can I do about it?",
-            "I hope to hear from you.",
-            "Please give me a call.",
-            "What would you advise?",
-        ),
-        False: (
-            "You do not need to reply.",
-            "No answer is needed.",
-            "This is for your information only.",
-            "I do not need a response.",
-            "There is no need to write back.",
-            "Please do not reply to this.",
-            "It is not necessary to answer me.",
-            "I am only informing you.",
-            "It is just a note, no reply needed.",
-            "I don't expect an answer.",
         ),
     },
     filler=(

@@ -54,10 +54,13 @@ def main() -> int:
     status = run.attempt()
     if run.place is not None:
         run.peers.close()
-        sys.stderr.flush()
-        os._exit(status)  # an orderly exit would wait for connections to processes that are gone
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is saved and said. An orderly exit would take libraries apart for a second, which the job's client waits
+    # for, and wait for connections to ranks that are gone.
+    os._exit(status)
