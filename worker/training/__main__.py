@@ -61,6 +61,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is saved and said. An orderly exit would take libraries apart for a second, which the job's client waits
-    # for, and wait for connections to ranks that are gone.
+    # Everything is saved and said. An orderly exit would take libraries apart for a second, which the job's client
+    # waits for, and wait for connections to ranks that are gone.
     os._exit(status)
