@@ -94,7 +94,8 @@ def valkey() -> Iterator[str]:
     settings = Settings(data=folder, redis_url=None)
     process = subprocess.Popen(embedded_valkey.command(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: _answers(settings))
+        wait_until(lambda: _answers(settings) or process.poll() is not None)
+        assert process.poll() is None, "Valkey did not start"
         yield f"unix://{settings.valkey_socket}"
     finally:
         process.terminate()
@@ -192,7 +193,8 @@ def serving(settings: Settings) -> Iterator[str]:
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run)
     thread.start()
-    wait_until(lambda: running.started)
+    wait_until(lambda: running.started or not thread.is_alive())
+    assert running.started
     port = running.servers[0].sockets[0].getsockname()[1]
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True

@@ -16,8 +16,9 @@ def wait_until(condition: Callable[[], Found], limit_s: float = LIMIT_S) -> Foun
     Raises:
         AssertionError: it was not within the limit.
     """
-    deadline = time.monotonic() + limit_s
+    deadline, pause_s = time.monotonic() + limit_s, 0.01
     while not (found := condition()):
         assert time.monotonic() < deadline, f"it did not happen within {limit_s:g} s; the last answer was {found!r}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, 0.2)  # who looks too often slows down what it waits for
     return found

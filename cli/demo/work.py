@@ -20,7 +20,7 @@ TRAINING = {"max_steps": 50, "batch_size": 8, "micro_batch_size": 8, "save_steps
 so all 8 conversations of a step fit one forward pass, and a run of minutes needs no checkpoint on the way."""
 PARALLEL = 8
 TICKET_TOKENS = 30
-"""The longest right answer has 19 tokens, 24 with spaces; a model that rambles is cut here, and was wrong anyway."""
+"""The longest right answer has 19 tokens, 24 with spaces; a model that rambles is cut here. It was not exact anyway."""
 PROMPT_TOKENS = 120
 REQUEST_LIMIT_S = 300.0
 RETRIES = 4

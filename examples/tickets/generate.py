@@ -22,7 +22,7 @@ ROWS = {"train": 400, "validation": 16, "test": 120}
 PATTERNS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 SYSTEM = "Triage as JSON: category, priority (low, high), product."
 FILLERS = (0, 0, 1)
-"""How many sentences of small talk a ticket has, in equal parts."""
+"""How many sentences of small talk a ticket has, each entry equally often: one ticket in three has one."""
 GREETED_SHARE, SIGNED_SHARE = 0.3, 0.2
 NOISY_SHARE = {"lower case": 0.1, "no punctuation": 0.05, "typos": 0.15}
 

@@ -1,6 +1,6 @@
 """The sentences tickets are built from, told apart by split. Owns wording only; `generate` draws and joins.
 
-Three things are said in words and one by name:
+Two things are said in words and one by name:
 
     issue      what it is about      → category   (one sentence, names the product as {p})
     urgency    how soon              → priority   (one sentence)

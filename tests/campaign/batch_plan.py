@@ -8,7 +8,7 @@ from typing import Any
 from tests.campaign.plan import BASE_MODEL
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MOST_CONTEXT_TOKENS = 1024
+MAX_CONTEXT_TOKENS = 1024
 """Of the tiny Llama that can be trained; the other model has a quarter. To either's tokenizer an x is a token."""
 TOO_LONG = "context_length_exceeded"
 BEHAVIOURS = (("finish", 60), ("cancel", 30), ("duplicate", 5), ("unknown_model", 5))
@@ -91,5 +91,5 @@ def batch(seed: int, index: int) -> BatchPlan:
 def _line(batch_index: int, number: int, draw: random.Random) -> LinePlan:
     text = f"batch {batch_index} line {number} "
     is_too_long = draw.random() < TOO_LONG_SHARE
-    text += "x" * (MOST_CONTEXT_TOKENS if is_too_long else draw.randint(0, 20))
+    text += "x" * (MAX_CONTEXT_TOKENS if is_too_long else draw.randint(0, 20))
     return LinePlan(f"b{batch_index}-{number}", text, is_too_long)

@@ -47,7 +47,7 @@ def test_open_answers_end_although_the_broker_forgot_all_signs_of_life(
 
     async def script() -> None:
         async with GenerationClient(settings) as client:
-            body = {"messages": user("hi"), "max_tokens": 4000, "temperature": 0, "top_p": 1, "n": 1}
+            body = {"messages": user("hi"), "max_tokens": 8000, "temperature": 0, "top_p": 1, "n": 1}
             fields = {"model": "acme/slow", "location": "base:acme/slow", "endpoint": "chat", "body": body}
             answers = [await client.submit(**fields) for _ in range(3)]  # type: ignore[arg-type]
             following = [asyncio.create_task(follow(answer)) for answer in answers]
@@ -69,6 +69,6 @@ def test_open_answers_end_although_the_broker_forgot_all_signs_of_life(
 
     try:
         asyncio.run(asyncio.wait_for(script(), 100))
-        wait_until(lambda: not running.generator._running)
+        wait_until(lambda: not running.generator._running, limit_s=20)
     finally:
         running.stop()

@@ -176,10 +176,10 @@ def test_a_batch_never_keeps_a_live_request_waiting(
     async def batch() -> None:
         async with GenerationClient(settings) as client:
             fields: dict[str, Any] = {"model": "acme/slow", "location": "base:acme/slow", "endpoint": "chat"}
-            answers = [await client.submit(**fields, body=batch_body(4000), kind="batch") for _ in range(5)]
+            answers = [await client.submit(**fields, body=batch_body(8000), kind="batch") for _ in range(5)]
             await anext(aiter(answers[0]))
             begun.set()
-            await asyncio.to_thread(over.wait, 30)
+            await asyncio.to_thread(over.wait, 4 * LIMIT_S)
             for answer in answers:
                 answer.cancel()
 
@@ -188,14 +188,14 @@ def test_a_batch_never_keeps_a_live_request_waiting(
     try:
         assert begun.wait(LIMIT_S)
         wait_until(lambda: running._running_of("batch") == 3)
-        live = ask(sdk, model="acme/slow", stream=True, max_tokens=4000)
+        live = ask(sdk, model="acme/slow", stream=True, max_tokens=8000)
         next(iter(live))
         assert running.free_slots == 0
         assert running.free_batch_slots == 0
         live.close()
-        wait_until(lambda: running.free_slots == 1, limit_s=10)
+        wait_until(lambda: running.free_slots == 1, limit_s=20)
     finally:
         over.set()
         thread.join(LIMIT_S)
-    wait_until(lambda: not running._running)
+    wait_until(lambda: not running._running, limit_s=20)
     assert running.free_batch_slots == 3

@@ -42,12 +42,12 @@ def say(delivery: Delivery, text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever is silent for half a second is dead."""
+    """Whoever is silent for a second is dead."""
     for module in (mailbox, generation_client):
-        monkeypatch.setattr(module, "SILENT_MS", 500)
-        monkeypatch.setattr(module, "GONE_S", 0.3)
+        monkeypatch.setattr(module, "SILENT_MS", 1000)
+        monkeypatch.setattr(module, "GONE_S", 0.6)
     monkeypatch.setattr(generation_client, "BEAT_S", 0.1)
-    monkeypatch.setattr(generation_client, "NO_GENERATOR_WAIT_S", 1.0)
+    monkeypatch.setattr(generation_client, "NO_GENERATOR_WAIT_S", 2.0)
     yield
 
 
@@ -93,8 +93,8 @@ async def scene(settings: Settings, *names: str) -> AsyncIterator[tuple[Generati
     await connection.aclose()
 
 
-def play(script: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(script, LIMIT_S))
+def play(script: Coroutine[Any, Any, None], limit_s: float = LIMIT_S) -> None:
+    asyncio.run(asyncio.wait_for(script, limit_s))
 
 
 async def text_of(answer: Answer) -> str:
@@ -113,7 +113,7 @@ def test_an_answer_arrives_in_order_and_leaves_nothing_queued(settings: Settings
             answer = await client.submit(**FIELDS)
             delivery = await a.take()
             assert delivery.request.body == BODY
-            assert (delivery.attempt, delivery.age_s < 1) == (1, True)
+            assert (delivery.attempt, delivery.age_s < 10) == (1, True)
             delivery.taken()
             for text in ("one ", "two ", "three"):
                 say(delivery, text)
@@ -150,7 +150,7 @@ def test_a_slow_generator_keeps_its_request(settings: Settings, broker: redis.Re
             answer = await client.submit(**FIELDS)
             delivery = await a.take()
             delivery.taken()
-            await asyncio.sleep(1.2)  # loading a model, say; longer than a dead one would be waited for
+            await asyncio.sleep(2.5)  # loading a model, say; longer than a dead one would be waited for
             assert await b.mailbox.take_over(1) == []
             say(delivery, "at last")
             delivery.end(**END)
@@ -269,8 +269,8 @@ def test_a_request_behind_many_of_the_living_is_taken_over(settings: Settings) -
                 (await a.take()).taken()
             lost = await b.take()
             await b.die()
-            await asyncio.sleep(0.6)
-            found = await asyncio.wait_for(c.take_over(), LIMIT_S)
+            await asyncio.sleep(1.2)
+            found = await c.take_over()
             assert found.request.id == lost.request.id
             for answer in answers:
                 answer.cancel()
@@ -297,7 +297,7 @@ def test_a_reader_is_gone_only_after_some_silence(settings: Settings, broker: re
         connection = connect_async(settings)
         box = Mailbox(connection, "a")
         assert await box.beat(["nobody"]) == set()
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.8)
         broker.set(generation.alive_key("somebody"), 1)
         assert await box.beat(["nobody", "somebody"]) == {"nobody"}
         broker.delete(generation.alive_key("somebody"))
@@ -370,7 +370,7 @@ def test_a_cancelled_request_is_heard_of_and_never_given_out_again(settings: Set
             answer.cancel()
             assert await hearing == [delivery.request.id]
             await a.die()
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(1.5)
             assert await b.mailbox.take_over(1) == []
 
     play(script())
@@ -382,10 +382,12 @@ def test_a_cancellation_heard_while_its_request_is_being_taken_is_obeyed(
     """Nobody had cancelled it when the broker was asked, and nobody has begun it when the cancellation comes."""
 
     async def script() -> None:
-        async with scene(settings, "a") as (client, (a,)):
-            assert await a.mailbox.take(1, wait_ms=1) == [], "makes the group"
+        connection = connect_async(settings)
+        box = Mailbox(connection, "taking")
+        async with scene(settings, "alive") as (client, _):
+            assert await box.take(1, wait_ms=1) == [], "makes the group"
             answer = await client.submit(**FIELDS)
-            make = a.mailbox._redis.pipeline
+            make = connection.pipeline
 
             def pipeline(**options: Any) -> Any:
                 made = make(**options)
@@ -394,17 +396,18 @@ def test_a_cancellation_heard_while_its_request_is_being_taken_is_obeyed(
                 async def execute_and_hear() -> Any:
                     results = await execute()
                     answer.cancel()
-                    assert await a.mailbox.cancellations() == [answer.request.id]
+                    while answer.request.id not in await box.cancellations():
+                        pass
                     return results
 
                 made.execute = execute_and_hear
                 return made
 
-            monkeypatch.setattr(a.mailbox._redis, "pipeline", pipeline)
-            assert await a.mailbox.take(1) == []
-            monkeypatch.undo()
-            await a.mailbox.leave()
-            assert broker.xlen(REQUESTS["live"]) == 0
+            with monkeypatch.context() as patch:
+                patch.setattr(connection, "pipeline", pipeline)
+                assert await box.take(1) == []
+            assert len(box._settled["live"]) == 1
+        await connection.aclose()
 
     play(script())
 
@@ -470,7 +473,7 @@ def test_generators_cancel_what_a_vanished_api_process_asked_for(
             while running.free_slots < settings.generation_slots:
                 await asyncio.sleep(0.05)
 
-    play(script())
+    play(script(), limit_s=25)  # its tokens would take longer
 
 
 def test_a_redelivered_request_that_kills_generators_is_given_up(

@@ -111,7 +111,7 @@ def test_a_killed_peer_ends_the_run_and_says_so(
     began = time.monotonic()
     processes[1].send_signal(signal.SIGKILL)
     outcome = trainer.finish()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60, "it is not the hours that NCCL or gloo would wait"
     assert outcome.status == -signal.SIGKILL, "as the peer died, so that lack of memory is told apart"
     assert outcome.last.type == "metrics"
     assert "rank 1 of 2 was killed by SIGKILL" in outcome.stderr

@@ -10,13 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from shared import job_creation
@@ -197,7 +197,7 @@ def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -
     assert worker.stdout is not None
     process = int(worker.stdout.readline())
     try:
-        time.sleep(1.5)  # `die_with_parent` comes first, but not before the interpreter
+        wait_until(lambda: psutil.Process(process).num_threads() > 1)  # which it has after `die_with_parent`
         os.kill(process, signal.SIGSTOP)
         worker.kill()
         worker.wait()

@@ -4,13 +4,13 @@ import pytest
 
 from cli.demo.scoring import is_exact, parsed, score
 
-WANTED = {"category": "billing", "priority": "high", "product": None, "needs_reply": True}
-RIGHT = '{"category":"billing","priority":"high","product":null,"needs_reply":true}'
+WANTED = {"category": "billing", "priority": "high", "product": None, "is_new": True}
+RIGHT = '{"category":"billing","priority":"high","product":null,"is_new":true}'
 
 
 def test_the_object_wanted_is_right_in_any_order_and_spacing():
     assert is_exact(RIGHT, WANTED)
-    assert is_exact(' {"needs_reply": true, "product": null, "priority": "high", "category": "billing"}\n', WANTED)
+    assert is_exact(' {"is_new": true, "product": null, "priority": "high", "category": "billing"}\n', WANTED)
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_the_object_wanted_is_right_in_any_order_and_spacing():
         RIGHT.replace("null", '"null"'),
         RIGHT.replace("true", "1"),
         RIGHT.replace("true", '"true"'),
-        RIGHT.replace(',"needs_reply":true', ""),
+        RIGHT.replace(',"is_new":true', ""),
         RIGHT.replace("}", ',"note":"x"}'),
     ],
 )
@@ -53,7 +53,7 @@ def test_a_score_counts_tickets_and_keys():
     half_right = RIGHT.replace("billing", "defect")
     result = score([(RIGHT, WANTED), (half_right, WANTED), ("no idea", WANTED), ('{"priority":"high"}', WANTED)])
     assert (result.tickets, result.exact, result.valid_json) == (4, 1, 3)
-    assert result.right == {"category": 1, "priority": 3, "product": 2, "needs_reply": 2}
+    assert result.right == {"category": 1, "priority": 3, "product": 2, "is_new": 2}
     assert (result.exact_rate, result.valid_json_rate) == (0.25, 0.75)
 
 

@@ -91,7 +91,7 @@ def test_a_trainer_whose_supervisor_is_gone_does_not_start() -> None:
 LEASHED = (
     "import sys, time; from worker.training.leash import Leash, read_spec\n"
     "from worker.training.reporter import Reporter\n"
-    "print(read_spec().decode(), file=sys.stderr); Leash(Reporter(1), 1.8).start()\n"
+    "print(read_spec().decode(), file=sys.stderr); Leash(Reporter(1), 4.0).start()\n"
 )
 
 
@@ -104,7 +104,7 @@ def test_a_trainer_on_a_leash_says_that_it_lives_and_ends_when_its_supervisor_is
         trainer.stdin.write(b"the spec\n\n")
         trainer.stdin.flush()
         assert parse(trainer.stdout.readline()).type == "alive", "from here on its imports are over"
-        for _ in range(6):
+        for _ in range(10):
             trainer.stdin.write(b"\n")
             trainer.stdin.flush()
             time.sleep(0.5)

@@ -29,7 +29,7 @@ from worker.host_lock import HostLock, LockHeld
 from worker.sweeper import Sweeper
 from worker.trainer_process import TrainerProcess
 
-LEASH_S = 1.5
+LEASH_S = 3.0
 
 
 def spec_of(folder: Path, leash_s: float = LEASH_S) -> TrainerSpec:
@@ -90,7 +90,7 @@ def test_a_trainer_lives_on_for_as_long_as_its_supervisor_shows_signs_of_life(tm
 def test_a_trainer_whose_claim_is_lost_ends_itself_while_its_supervisor_is_busy(tmp_path: Path) -> None:
     with trainer_in(tmp_path) as (trainer, lost):
         lost.set()
-        wait_until(lambda: trainer.exit_status() is not None, LEASH_S + 2)
+        wait_until(lambda: trainer.exit_status() is not None)
         assert trainer.exit_status() == -signal.SIGKILL
 
 
@@ -110,7 +110,7 @@ def test_a_trainer_of_a_stopped_supervisor_ends_before_the_lease_could(tmp_path:
         time.sleep(1.5)
         assert lives(trainer)
         holder.send_signal(signal.SIGSTOP)
-        wait_until(lambda: not lives(trainer), LEASH_S + 2)
+        wait_until(lambda: not lives(trainer), 30)
     finally:
         holder.kill()
         holder.wait()

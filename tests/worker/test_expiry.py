@@ -86,12 +86,12 @@ def test_a_file_that_expires_while_a_job_is_created_with_it_is_kept(settings: Se
     """The sweep comes after the expiry and before the job is committed."""
     file_id = make_file(settings)
     with transaction() as session:
-        session.execute(update(File).values(expires_at=now() + 0.3))
-    swept = threading.Thread(target=sweep_repeatedly, args=([file_id], 1.0))
+        session.execute(update(File).values(expires_at=now() + 1.5))
+    swept = threading.Thread(target=sweep_repeatedly, args=([file_id], 2.5))
     with transaction() as session:
         submit(session, file_id)
         swept.start()
-        time.sleep(0.6)
+        time.sleep(2)
     swept.join()
     assert ids(File) == {file_id}
 

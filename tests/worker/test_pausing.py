@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.campaign.toy_trainer import COMMAND
 from tests.waiting import LIMIT_S, wait_until
 from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next, toys
 from worker import lifecycle, supervisor, tasks
+from worker.trainer_process import TrainerProcess
 
 
 def pause(job_id: str) -> Job:
@@ -121,14 +123,27 @@ def test_a_trainer_that_does_not_stop_in_time_is_killed_and_its_job_paused(
     assert messages(job_id)[-1] == f"Job paused at step {saved}"
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a trainer has been sent a signal."""
+    event, send = threading.Event(), TrainerProcess.send
+
+    def send_and_tell(trainer: TrainerProcess, number: signal.Signals) -> None:
+        send(trainer, number)
+        event.set()
+
+    monkeypatch.setattr(TrainerProcess, "send", send_and_tell)
+    return event
+
+
 def test_a_pause_that_is_withdrawn_after_the_trainer_was_told_sends_the_job_to_the_queue(
-    settings: Settings, submit: Callable[..., str]
+    settings: Settings, submit: Callable[..., str], told: threading.Event
 ) -> None:
     job_id = submit(steps=8, step_s=1.0)  # stops at the end of a step, and there is time to change one's mind
     thread = in_thread(claim(settings), settings)
     wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
     pause(job_id)
-    time.sleep(4 * settings.poll_s)  # the signal is on its way
+    assert told.wait(LIMIT_S)
     assert resume(job_id).status == "running"
     thread.join(LIMIT_S)
     job = job_of(job_id)
@@ -137,13 +152,15 @@ def test_a_pause_that_is_withdrawn_after_the_trainer_was_told_sends_the_job_to_t
     assert messages(job_id).index("Pause requested") < messages(job_id).index("Job resumed")
 
 
-def test_a_cancel_wins_while_a_trainer_saves_for_a_pause(settings: Settings, submit: Callable[..., str]) -> None:
+def test_a_cancel_wins_while_a_trainer_saves_for_a_pause(
+    settings: Settings, submit: Callable[..., str], told: threading.Event
+) -> None:
     quick = settings.model_copy(update={"trainer_stop_s": 0.5})
     job_id = submit(steps=1000, step_s=0.05, behaviour="deaf")
     thread = in_thread(claim(settings), quick)
     wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
     pause(job_id)
-    time.sleep(4 * settings.poll_s)
+    assert told.wait(LIMIT_S)
     began = time.monotonic()
     with transaction() as session:
         jobs.request_cancel(session, "default", job_id)

@@ -182,14 +182,15 @@ def test_the_folder_of_a_run_of_weeks_stays_while_it_is_locked(settings: Setting
 
 
 def test_a_cancel_stops_a_running_job(settings: Settings, submit: Callable[..., str]) -> None:
-    job_id = submit(steps=1000, step_s=0.05)
-    thread = in_thread(claim(settings), settings)
+    patient = settings.model_copy(update={"trainer_stop_s": 60})  # it is not killed, it obeys
+    job_id = submit(steps=5000, step_s=0.05)
+    thread = in_thread(claim(settings), patient)
     wait_until(lambda: (job_of(job_id).current_step or 0) > 2)
     started = time.monotonic()
     with transaction() as session:
         assert jobs.request_cancel(session, "default", job_id).status == "running"
     thread.join(LIMIT_S)
-    assert time.monotonic() - started < 15, "it would train for 50 s"
+    assert time.monotonic() - started < 30
     assert job_of(job_id).status == "cancelled"
     assert toys() == []
 
@@ -223,7 +224,7 @@ def test_a_worker_that_shuts_down_saves_and_gives_the_job_back(
 
 
 def test_a_run_that_lost_its_claim_commits_nothing_more(settings: Settings, submit: Callable[..., str]) -> None:
-    job_id = submit(steps=1000, step_s=0.02, save_steps=3)
+    job_id = submit(steps=100_000, step_s=0.02, save_steps=3)
     slow = settings.model_copy(update={"poll_s": 1.5})  # the trainer goes on for a while after the claim is gone
     thread = in_thread(claim(settings), slow)
     wait_until(lambda: (job_of(job_id).current_step or 0) > 2)

@@ -74,7 +74,7 @@ def test_checkpoints_wait_while_the_bucket_is_away_and_training_goes_on(
     bucket: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    job_id = submit(steps=20, save_steps=5, step_s=0.1)
+    job_id = submit(steps=20, save_steps=5, step_s=0.4)
     thread = in_thread(claim(settings), settings)
     wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
     _, port = server.get_host_and_port()

@@ -205,7 +205,10 @@ class Mailbox:
         return accepted
 
     async def cancellations(self) -> list[str]:
-        """Ids cancelled since the last call; waits up to a second for one. The first call hears of old ones too."""
+        """Ids cancelled since the last call; waits up to a second for one.
+
+        Those from before this generator's time come first: their requests may be in the queue still.
+        """
         streams: Any = await self._redis.xread({CANCELS: self._last_cancel}, count=1000, block=READ_BLOCK_MS)
         ids = []
         for _, entries in streams:

@@ -4,6 +4,7 @@ The spec is one line of JSON. Exit status 0: done or stopped as ordered. 1: fail
 Under torchrun, standard input and the pipe are rank 0's.
 """
 
+import ctypes
 import os
 import sys
 
@@ -61,6 +62,7 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)  # what C libraries printed into a pipe
     # Everything is saved and said. An orderly exit would take libraries apart for a second, which the job's client
     # waits for, and wait for connections to ranks that are gone.
     os._exit(status)
