@@ -15,7 +15,7 @@ import pytest
 from shared.errors import Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 from worker.base_models import resolve
 from worker.generation.backends import make_backend
 from worker.generation.vllm_engine import VllmBackend, VllmEngine
@@ -57,13 +57,6 @@ def members(session: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def is_of_vllm(process: psutil.Process) -> bool:
@@ -142,4 +135,4 @@ def test_nothing_outlives_a_generator_that_is_killed(vllm_settings: Settings) ->
     finally:
         os.kill(generator.pid, signal.SIGKILL)
         generator.wait()
-    wait_until(lambda: not any(lives(child) for child in children))
+    wait_until(lambda: not any(is_alive(child) for child in children))

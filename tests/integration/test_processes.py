@@ -7,12 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cli import processes
 from cli.processes import Child, ChildSpec, GaveUp, rotate
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 
 SHIM = Path(processes.__file__).with_name("child.py")
 
@@ -31,13 +30,6 @@ def make_child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     yield make
     for child in made:
         child.kill()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def read_pid(log: Path) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from shared import job_creation
@@ -30,9 +29,9 @@ from tests.conftest import jsonl
 from tests.rows import stored_file
 from tests.training.conftest import MakeSpec
 from tests.training.tiny_llama import alpaca_rows, make_tiny_llama
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 from tests.worker.steps import claim, job_of
-from tests.worker.test_bonds import is_locked, lives, spec_of
+from tests.worker.test_bonds import is_locked, spec_of
 from worker import base_models, run_folder, standby, supervisor
 from worker.host_lock import HostLock
 from worker.standby import Standby, StandbyTrainer, clear_folders
@@ -160,7 +159,7 @@ def test_a_standby_that_is_no_use_is_gone_and_leaves_the_lock(
             fields = {"leash_s": 1.0}
     with HostLock.acquire(tmp_path / "lock") as lock:
         assert take(ahead, ours, tmp_path, lock, **fields) is None
-        assert not lives(process.pid)
+        assert not is_alive(process.pid)
         assert is_locked(tmp_path / "lock"), "by us"
     assert not is_locked(tmp_path / "lock")
     assert list(run_folder.standbys(ours).iterdir()) == []
@@ -197,14 +196,15 @@ def test_a_standby_dies_with_its_worker_even_if_it_was_stopped(ours: Settings) -
     assert worker.stdout is not None
     process = int(worker.stdout.readline())
     try:
-        wait_until(lambda: psutil.Process(process).num_threads() > 1)  # which it has after `die_with_parent`
+        maps = Path("/proc", str(process), "maps")
+        wait_until(lambda: "libtorch" in maps.read_text())  # loaded after `die_with_parent`
         os.kill(process, signal.SIGSTOP)
         worker.kill()
         worker.wait()
-        wait_until(lambda: not lives(process))
+        wait_until(lambda: not is_alive(process))
     finally:
         worker.kill()
-        if lives(process):
+        if is_alive(process):
             os.kill(process, signal.SIGKILL)
     assert len(list(run_folder.standbys(ours).iterdir())) == 1
 
@@ -530,7 +530,7 @@ def test_jobs_are_run_by_standbys_and_without_one(
         job = job_of(job_id)
         assert job.status == "succeeded", job.error
         assert (job.attempts, job.fence) == (0, 1)
-        assert not lives(started[-1])
+        assert not is_alive(started[-1])
         noted = (settings.run_dir / "jobs" / job_id / "lock").read_text().split()[0]
         assert (noted == str(started[-1])) is not harm
     assert list(run_folder.standbys(settings).iterdir()) == []

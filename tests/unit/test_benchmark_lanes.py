@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lanes import read, run, shares_of
-from tests.worker.test_bonds import lives
+from tests.waiting import is_alive
 
 
 def test_lanes_run_beside_each_other_and_their_commands_in_turn(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_what_runs_late_is_killed_with_all_that_it_started_wherever_that_is(
     began_s = time.monotonic()
     assert not run(plan, tmp_path, limit_s=6)
     assert time.monotonic() - began_s < 15
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" after")[0] for line in told] == ["late: timeout", "next: timeout", "never: no time left"]
 

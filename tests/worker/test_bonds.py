@@ -22,7 +22,7 @@ from shared.settings import Settings
 from shared.training_spec import TrainerSpec
 from tests.campaign.sqlite_locks import SqliteLocks
 from tests.campaign.toy_trainer import COMMAND
-from tests.waiting import LIMIT_S, wait_until
+from tests.waiting import LIMIT_S, is_alive, wait_until
 from tests.worker.steps import after_grace, claim, job_of, messages
 from worker import lifecycle, supervisor
 from worker.host_lock import HostLock, LockHeld
@@ -70,10 +70,6 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 @pytest.fixture(autouse=True)
 def _repository_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
@@ -108,9 +104,9 @@ def test_a_trainer_of_a_stopped_supervisor_ends_before_the_lease_could(tmp_path:
         assert holder.stdout is not None
         trainer = int(holder.stdout.readline())
         time.sleep(1.5)
-        assert lives(trainer)
+        assert is_alive(trainer)
         holder.send_signal(signal.SIGSTOP)
-        wait_until(lambda: not lives(trainer), 30)
+        wait_until(lambda: not is_alive(trainer), 30)
     finally:
         holder.kill()
         holder.wait()
@@ -159,7 +155,7 @@ def test_a_trainer_that_was_stopped_is_killed_and_its_job_goes_on(
     thread.start()
     supervisor.supervise(claim(impatient), impatient, COMMAND)
     thread.join()
-    assert stopped and not lives(stopped[0])
+    assert stopped and not is_alive(stopped[0])
     assert job_of(job_id).status == "queued"
     assert any("said nothing for 2.5 s" in message for message in messages(job_id))
     supervisor.supervise(claim(settings), settings, COMMAND)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sqlalchemy import select, update
 
@@ -17,7 +16,7 @@ from shared.db import now, reading, transaction
 from shared.errors import Unavailable
 from shared.models import Checkpoint, Event, File, Job, Metric, Model, Sweep
 from shared.settings import Settings
-from tests.waiting import LIMIT_S, wait_until
+from tests.waiting import LIMIT_S, is_alive, wait_until
 from tests.worker.steps import (
     BASE,
     TOY,
@@ -394,4 +393,4 @@ def test_a_supervisor_killed_outright_takes_its_trainer_with_it(settings: Settin
     trainer = toys()[0]
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait_until(lambda: not trainer.is_running() or trainer.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not is_alive(trainer))

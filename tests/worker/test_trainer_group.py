@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.waiting import wait_until
-from tests.worker.test_bonds import lives, spec_of
+from tests.waiting import is_alive, wait_until
+from tests.worker.test_bonds import spec_of
 from worker.host_lock import HostLock
 from worker.trainer_process import TrainerProcess
 
@@ -45,7 +45,7 @@ def test_what_a_trainer_started_is_gone_once_it_was_killed(tmp_path: Path) -> No
         wait_until(lambda: bool(psutil.Process(trainer.pid).children()))
         (started,) = psutil.Process(trainer.pid).children()
         trainer.kill()
-        wait_until(lambda: not lives(started.pid), 5)
+        wait_until(lambda: not is_alive(started.pid))
     finally:
         trainer.close()
 
@@ -59,8 +59,8 @@ def test_a_trainer_that_was_stopped_dies_with_its_killed_supervisor(tmp_path: Pa
         os.kill(trainer, signal.SIGSTOP)
         supervisor.kill()
         supervisor.wait()
-        wait_until(lambda: not lives(trainer))
+        wait_until(lambda: not is_alive(trainer))
     finally:
         supervisor.kill()
-        if lives(trainer):
+        if is_alive(trainer):
             os.kill(trainer, signal.SIGKILL)

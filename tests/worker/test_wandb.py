@@ -18,7 +18,7 @@ from shared.db import reading, transaction
 from shared.models import Event, Job, Metric
 from shared.settings import Settings
 from shared.trainer_protocol import Started
-from tests.waiting import wait_until
+from tests.waiting import is_alive, wait_until
 from tests.worker.steps import expected, job_of, messages, run_next
 from worker import wandb_feed
 from worker.training.environment import trainer_environment
@@ -222,15 +222,20 @@ def test_its_processes_die_with_their_worker(
         os._exit(0)
 
     def processes() -> list[psutil.Process]:
-        return [
-            p for p in psutil.Process(child).children(recursive=True) if "wandb" in " ".join([p.name(), *p.cmdline()])
-        ]
+        return [p for p in psutil.Process(child).children(recursive=True) if is_of_wandb(p)]
 
-    wait_until(lambda: len(processes()) == (2 if code is None else 1), 60)
+    wait_until(lambda: len(processes()) == (2 if code is None else 1))
     left = processes()
     os.kill(child, 9)
     os.waitpid(child, 0)
-    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left))
+    wait_until(lambda: not any(map(is_alive, left)))
+
+
+def is_of_wandb(process: psutil.Process) -> bool:
+    try:
+        return "wandb" in " ".join([process.name(), *process.cmdline()])
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.usefixtures("settings")
