@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from cli.demo import report, work
 from cli.demo.progress import progress
 from cli.demo.service import ServiceFailed, running
 from shared.trainer_protocol import Metrics
-from tests.waiting import LIMIT_S
+from tests.waiting import LIMIT_S, wait_until
 from worker.recorder import step_data
 
 JOB = {
@@ -149,10 +148,7 @@ def test_a_killed_demo_takes_its_service_with_it(tmp_path: Path):
         "import sys, pathlib; from cli.demo.service import running\nwith running(pathlib.Path(sys.argv[1])): input()"
     )
     demo = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, env=dict(os.environ))
-    limit = time.monotonic() + 60
-    while not (family := psutil.Process(demo.pid).children(recursive=True)) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert family
+    family = wait_until(lambda: psutil.Process(demo.pid).children(recursive=True))
     demo.kill()
     demo.wait()
     _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
