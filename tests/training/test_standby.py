@@ -425,7 +425,6 @@ def test_what_was_loaded_ahead_is_used_for_the_same_files_and_choices_only(
         assert ahead is not None
         change()
         found = warm.load_model(folder, model.hardware(), **choices)
-        assert found.max_seq_length == choices["max_seq_length"]
         assert warm._model is None, "never twice"
         return found is ahead
 

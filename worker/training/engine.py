@@ -357,6 +357,9 @@ def build(
         group: of processes that train together.
     """
     disable_progress_bars()
+    # Unsloth's trainer believes what a model says, refuses longer rows, and takes 1,024 for the limit of one that says
+    # nothing, which one in shards does. The length that a model was loaded for leaves no other trace in it.
+    model.max_seq_length = resolved.max_seq_length
     dataset = _as_dataset(rows, resolved.max_seq_length)
     engine = Engine(
         model=model,

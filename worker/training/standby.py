@@ -75,8 +75,6 @@ class Warm:
         ahead, self._model = self._model, None
         same = {**choices, "max_seq_length": None} == {**_usual(folder), "max_seq_length": None}
         if ahead is not None and same and self._files == _state_of(folder):
-            # The one trace that the length leaves in a model which is made for at least that many tokens.
-            ahead.max_seq_length = choices["max_seq_length"]
             sys.stderr.write(f"{LOADED_AHEAD}\n")
             return ahead
         if ahead is not None:
