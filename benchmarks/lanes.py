@@ -2,12 +2,13 @@
 """Several benchmarks side by side on the GPUs of one host, within one time limit.
 
 A plan has a line for each command, `lane seconds name command`, # for a comment. The digits of a lane name its GPUs;
-all commands of a lane run in turn, lanes beside each other:
+all commands of a lane run in turn, lanes beside each other, and what is below a line `---` once all above it has ended:
 
     0   200 tutorial  python3 benchmarks/training.py --model M --contenders anneal,unsloth --out $OUT/tutorial.json
     1a  150 default   python3 benchmarks/precision.py --model M --only default --out $OUT/default.json
     1b  150 fp32      python3 benchmarks/precision.py --model M --only fp32 --out $OUT/fp32.json
-    23  200 scaling   python3 benchmarks/scaling.py --model M --gpus 2 --out $OUT/scaling.json
+    ---
+    01  200 scaling   python3 benchmarks/scaling.py --model M --gpus 2 --out $OUT/scaling.json
 
 A command sees its GPUs and an equal share of the CPU's cores (by number: on a host with several NUMA nodes lanes are
 not on equal terms), runs in a shell at the checkout with $OUT set, and is killed with all that it started at its time
@@ -18,6 +19,7 @@ or at --limit. A line is printed as each ends; what it wrote is in $OUT/NAME.log
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -39,6 +41,8 @@ class Entry:
     limit_s: float
     name: str
     command: str
+    stage: int = 0
+    """Lines `---` above it."""
 
     @property
     def gpus(self) -> str:
@@ -61,14 +65,18 @@ def read(text: str) -> list[Entry]:
     Raises:
         ValueError: a line has not got four parts, names no GPU, or a name comes twice.
     """
-    entries = []
+    entries: list[Entry] = []
+    stage = 0
     for line in text.splitlines():
         parts = line.split(maxsplit=3)
         if not parts or parts[0].startswith("#"):
             continue
+        if parts == ["---"]:
+            stage += 1
+            continue
         if len(parts) < 4:
             raise ValueError(f"not `lane seconds name command`: {line}")
-        entry = Entry(parts[0], float(parts[1]), parts[2], parts[3])
+        entry = Entry(parts[0], float(parts[1]), parts[2], parts[3], stage)
         if not entry.gpus or any(entry.name == other.name for other in entries):
             raise ValueError(f"a lane without a GPU, or a name that was there before: {line}")
         entries.append(entry)
@@ -77,15 +85,21 @@ def read(text: str) -> list[Entry]:
 
 def run(entries: Sequence[Entry], out: Path, limit_s: float) -> bool:
     """Whether all succeeded."""
+    ends_s = time.monotonic() + limit_s
+    stages = [list(group) for _, group in itertools.groupby(entries, lambda entry: entry.stage)]
+    succeeded = [_beside_each_other(stage, out, ends_s) for stage in stages]
+    return all(succeeded)
+
+
+def _beside_each_other(entries: Sequence[Entry], out: Path, ends_s: float) -> bool:
     lanes = list(dict.fromkeys(entry.lane for entry in entries))
     shares = shares_of(sorted(os.sched_getaffinity(0)), len(lanes))
-    began_s = time.monotonic()
     succeeded: list[bool] = []
 
     def go(lane: str, cores: list[int]) -> None:
         for entry in entries:
             if entry.lane == lane:
-                left_s = began_s + limit_s - time.monotonic()
+                left_s = ends_s - time.monotonic()
                 try:
                     succeeded.append(_one(entry, out, cores, min(entry.limit_s, left_s)))
                 except Exception as error:  # one that can't be started is no reason to leave out the rest

@@ -34,6 +34,11 @@ def test_lanes_run_beside_each_other_and_their_commands_in_turn(tmp_path: Path) 
     assert " ".join(said[:-1]) == str(shares_of(cores, 2)[0])
 
 
+def test_what_is_below_a_line_waits_for_all_above_it(tmp_path: Path) -> None:
+    plan = read("0 20 slow sleep 1; touch $OUT/slow.ended\n1 20 quick true\n---\n01 20 last test -e $OUT/slow.ended")
+    assert run(plan, tmp_path, limit_s=30)
+
+
 def test_what_runs_late_is_killed_with_all_that_it_started_wherever_that_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
