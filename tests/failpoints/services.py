@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import migrations
 from cli import valkey
 from shared import db
 from shared.settings import Settings
+from tests.waiting import wait_until
 
 TEMPLATE = "anneal_template"
 
@@ -30,11 +30,7 @@ def running_valkey() -> Iterator[str]:
     settings = Settings(data=folder, redis_url=None)
     process = subprocess.Popen(valkey.command(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
-        while not valkey.answers(settings):
-            if time.monotonic() > deadline:
-                raise RuntimeError("Valkey did not start within 20 s")
-            time.sleep(0.02)
+        wait_until(lambda: valkey.answers(settings))
         yield f"unix://{settings.valkey_socket}"
     finally:
         process.terminate()
@@ -43,7 +39,6 @@ def running_valkey() -> Iterator[str]:
 
 
 S3_SERVER = """
-import time
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()

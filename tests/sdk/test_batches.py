@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +16,7 @@ from tests.batch_rows import chat_line, completion_line
 from tests.conftest import jsonl
 from tests.fake_generator import FakeGenerator
 from tests.sdk.wire import Wire
-from tests.waiting import LIMIT_S
+from tests.waiting import wait_until
 from worker import batches as batch_runs
 
 
@@ -53,11 +52,11 @@ def run(settings: Settings) -> threading.Thread:
 
 
 def wait_for(sdk: OpenAI, batch_id: str, *statuses: str) -> Batch:
-    deadline = time.monotonic() + LIMIT_S
-    while (batch := sdk.batches.retrieve(batch_id)).status not in statuses:
-        assert time.monotonic() < deadline, batch
-        time.sleep(0.05)
-    return batch
+    def arrived() -> Batch | None:
+        batch = sdk.batches.retrieve(batch_id)
+        return batch if batch.status in statuses else None
+
+    return wait_until(arrived)
 
 
 def test_a_batch_from_upload_to_results(settings: Settings, sdk: OpenAI) -> None:
@@ -97,8 +96,12 @@ def test_what_is_wrong_with_a_file_is_told_with_its_line(settings: Settings, sdk
 def test_a_cancel_keeps_what_was_done(settings: Settings, sdk: OpenAI) -> None:
     batch = create(sdk, jsonl([chat_line("a"), chat_line("hold")]))
     runner = run(settings)
-    while (counts := sdk.batches.retrieve(batch.id).request_counts) is None or counts.completed < 1:
-        time.sleep(0.05)
+
+    def completed() -> int:
+        counts = sdk.batches.retrieve(batch.id).request_counts
+        return 0 if counts is None else counts.completed
+
+    wait_until(completed)
     assert sdk.batches.cancel(batch.id).status == "cancelling"
     ended = wait_for(sdk, batch.id, "cancelled")
     runner.join()

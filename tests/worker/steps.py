@@ -37,6 +37,11 @@ def job_of(job_id: str) -> Job:
     return job
 
 
+def at_step(job_id: str, step: int) -> bool:
+    """Whether the job has done so many steps."""
+    return (job_of(job_id).current_step or 0) >= step
+
+
 def expected(settings: Settings, job: Job, steps: int) -> Reference:
     """What the toy must have done, computed here and now."""
     data = storage.local_file(settings, job.training_file).read_bytes()

@@ -23,7 +23,7 @@ from shared.training_spec import TrainerSpec
 from tests.campaign.sqlite_locks import SqliteLocks
 from tests.campaign.toy_trainer import COMMAND
 from tests.waiting import LIMIT_S, is_alive, wait_until
-from tests.worker.steps import after_grace, claim, job_of, messages
+from tests.worker.steps import after_grace, at_step, claim, job_of, messages
 from worker import lifecycle, supervisor
 from worker.host_lock import HostLock, LockHeld
 from worker.sweeper import Sweeper
@@ -146,7 +146,7 @@ def test_a_trainer_that_was_stopped_is_killed_and_its_job_goes_on(
     stopped: list[int] = []
 
     def stop_it() -> None:
-        wait_until(lambda: (job_of(job_id).current_step or 0) >= 7)
+        wait_until(lambda: at_step(job_id, 7))
         toys = [p for p in psutil.Process().children() if "tests.campaign.toy_trainer" in p.cmdline()]
         toys[0].suspend()
         stopped.append(toys[0].pid)
@@ -186,7 +186,7 @@ def test_a_supervisor_stopped_past_its_lease_commits_nothing_and_its_successor_f
         supervisor.supervise(claim(settings), settings, COMMAND)
         os._exit(0)
     try:
-        wait_until(lambda: (job_of(job_id).current_step or 0) >= 6)
+        wait_until(lambda: at_step(job_id, 6))
         stop_between_transactions(child, settings)
         after_grace(settings)
         with transaction() as session:

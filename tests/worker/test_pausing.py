@@ -18,7 +18,7 @@ from shared.models import Event, Job, Metric
 from shared.settings import Settings
 from tests.campaign.toy_trainer import COMMAND
 from tests.waiting import LIMIT_S, wait_until
-from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next, toys
+from tests.worker.steps import at_step, claim, expected, in_thread, job_of, messages, run_next, toys
 from worker import lifecycle, supervisor, tasks
 from worker.trainer_process import TrainerProcess
 
@@ -36,7 +36,7 @@ def resume(job_id: str) -> Job:
 def pause_at(job_id: str, step: int, settings: Settings) -> None:
     """Run the next job, which is this one, and pause it when it has done the step."""
     thread = in_thread(claim(settings), settings)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= step)
+    wait_until(lambda: at_step(job_id, step))
     assert pause(job_id).status == "running"
     thread.join(LIMIT_S)
     assert not thread.is_alive() and toys() == []
@@ -87,7 +87,7 @@ def test_a_worker_whose_job_was_paused_goes_on_with_the_next(
     claimed: list[str] = []
 
     def watch() -> bool:
-        if (job_of(paused).current_step or 0) >= 2 and not claimed:
+        if at_step(paused, 2) and not claimed:
             claimed.append(pause(paused).id)
         return job_of(other).status == "succeeded"
 
@@ -141,7 +141,7 @@ def test_a_pause_that_is_withdrawn_after_the_trainer_was_told_sends_the_job_to_t
 ) -> None:
     job_id = submit(steps=8, step_s=1.0)  # stops at the end of a step, and there is time to change one's mind
     thread = in_thread(claim(settings), settings)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: at_step(job_id, 1))
     pause(job_id)
     assert told.wait(LIMIT_S)
     assert resume(job_id).status == "running"
@@ -158,7 +158,7 @@ def test_a_cancel_wins_while_a_trainer_saves_for_a_pause(
     quick = settings.model_copy(update={"trainer_stop_s": 0.5})
     job_id = submit(steps=1000, step_s=0.05, behaviour="deaf")
     thread = in_thread(claim(settings), quick)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: at_step(job_id, 2))
     pause(job_id)
     assert told.wait(LIMIT_S)
     began = time.monotonic()
@@ -176,7 +176,7 @@ def test_a_deploy_while_a_pause_is_asked_for_ends_paused(
     job_id = submit(steps=1000, step_s=0.05)
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})  # it never reads the request
     thread = in_thread(claim(settings), blind)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: at_step(job_id, 2))
     pause(job_id)
     lifecycle.shutdown.set()
     thread.join(LIMIT_S)
@@ -189,7 +189,7 @@ def test_a_trainer_that_dies_while_a_pause_is_asked_for_leaves_a_paused_job_with
     job_id = submit(steps=5, save_steps=1, step_s=0.8, behaviour="kill_at_3")
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})
     thread = in_thread(claim(settings), blind)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: at_step(job_id, 1))
     pause(job_id)
     thread.join(LIMIT_S)
     assert job_of(job_id).status == "paused"
@@ -206,7 +206,7 @@ def test_a_run_that_ends_while_a_pause_is_asked_for_has_succeeded(
     job_id = submit(steps=3, step_s=0.8)
     blind = settings.model_copy(update={"poll_s": 30.0, "heartbeat_s": 10.0})
     thread = in_thread(claim(settings), blind)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 1)
+    wait_until(lambda: at_step(job_id, 1))
     pause(job_id)
     thread.join(LIMIT_S)
     assert job_of(job_id).status == "succeeded"

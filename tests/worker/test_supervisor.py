@@ -21,6 +21,7 @@ from tests.worker.steps import (
     BASE,
     TOY,
     after_grace,
+    at_step,
     claim,
     expected,
     failing,
@@ -358,7 +359,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     monkeypatch.setattr(lifecycle, "shutdown", lifecycle.Shutdown())
     job_id = submit(steps=8, save_steps=1, step_s=0.1)
     thread = in_thread(claim(settings), settings)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 3)
+    wait_until(lambda: at_step(job_id, 3))
     lifecycle.shutdown.set()
     thread.join(LIMIT_S)
     with reading() as session:

@@ -14,7 +14,7 @@ from shared.db import reading
 from shared.models import Checkpoint, Metric
 from shared.settings import Settings, get_settings
 from tests.waiting import wait_until
-from tests.worker.steps import claim, expected, in_thread, job_of, messages, run_next
+from tests.worker.steps import at_step, claim, expected, in_thread, job_of, messages, run_next
 from worker import garbage
 
 
@@ -76,7 +76,7 @@ def test_checkpoints_wait_while_the_bucket_is_away_and_training_goes_on(
 ) -> None:
     job_id = submit(steps=20, save_steps=5, step_s=0.4)
     thread = in_thread(claim(settings), settings)
-    wait_until(lambda: (job_of(job_id).current_step or 0) >= 2)
+    wait_until(lambda: at_step(job_id, 2))
     _, port = server.get_host_and_port()
     server.stop()
     wait_until(lambda: "waits for the storage" in caplog.text)  # the client itself has tried again before
