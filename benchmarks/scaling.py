@@ -50,11 +50,14 @@ def one(args: argparse.Namespace, gpus: int, number: int, data: Path, scratch: P
     work = contenders.Work(
         *(data, args.model, args.steps, args.rows * gpus, 1, args.length, args.rate, args.seed), packed=True
     )
+    choices = {"sharding": args.sharding} if gpus > 1 else {}
+    if args.optimizer:
+        choices["optimizer"] = args.optimizer
     said = processes.run(
         processes.trainer_command(),
         caches=caches,
         timeout_s=args.timeout,
-        spec=contenders.spec(work, caches, saved, gpus=gpus, **({"sharding": args.sharding} if gpus > 1 else {})),
+        spec=contenders.spec(work, caches, saved, gpus=gpus, **choices),
         on_gpu=args.on_gpu,
         gpus=gpus,
     )
@@ -96,6 +99,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
     parser.add_argument("--sharding", choices=("auto", "on", "off"), default="auto", help="of several GPUs")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit"), help="shards have adamw whatever is said")
     parser.add_argument("--model", type=Path, help="folder; without it SmolLM2-135M-Instruct from its package")
     parser.add_argument("--data", type=Path, help="Alpaca rows; without it they are made up")
     parser.add_argument("--runs", type=int, default=3, help="of each number of GPUs")

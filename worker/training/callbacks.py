@@ -173,8 +173,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 trainer.take_part_in_saving(bare, Path(self._spec.base_model_dir), resumable=resumable)
             return
 
+        base = Path(self._spec.base_model_dir)
+        # Who serves the model rounds it to bf16 anyway, to nearest, and loses what rounding by thresholds keeps.
+        as_computed = not resumable and self._resolved.precision == "bf16" and model.is_bf16(base)
+
         def write(folder: Path) -> None:
-            model.save_model(bare, Path(self._spec.base_model_dir), folder, self._template)
+            model.save_model(bare, base, folder, self._template, as_computed=as_computed)
             if resumable:
                 trainer.save_resume_state(folder)
 
@@ -182,7 +186,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         manifest, digest = checkpoint.publish(
             folder,
             write,
-            expected_bytes=model.saved_bytes(bare, resumable=resumable),
+            expected_bytes=model.saved_bytes(bare, resumable=resumable, as_computed=as_computed),
             make_manifest=lambda files: checkpoint.Manifest(
                 job_id=self._spec.job_id,
                 step=step,
@@ -215,7 +219,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
     # How a step is told.
 
     def meet(self) -> None:
-        """Wait for the other ranks: none begins, and can run out of memory, before rank 0 has said how it began."""
+        """Wait for rank 0: none begins, and can run out of memory, before it has said how the run began; none ends, and
+        takes its GPU's part of the model along, before it has put that together. What is sent over GPUs is only
+        queued when its call returns."""
         self._orders()
 
     def attach(self, trainer: engine.Engine) -> None:

@@ -179,6 +179,7 @@ class Run:
         self.stops.finishing()
         callback.evaluate(trainer)
         callback.publish(trainer, resumable=False)
+        callback.meet()
         self._end(
             Done(
                 step=resolved.max_steps,
