@@ -124,6 +124,7 @@ def loss_differences(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 "first": round(gaps[0], 6),
                 "first_5_max": round(max(gaps[:FIRST_LOSSES]), 6),
                 "max": round(max(gaps), 6),
+                "mean": round(statistics.fmean(gaps), 6),
                 "mean_signed": round(statistics.fmean(signed), 6),
                 "steps_compared": len(gaps),
                 "same_tokens": all(a["tokens"] == b["tokens"] for a, b in pairs),
@@ -136,7 +137,8 @@ def difference(pair: str, gap: dict[str, Any]) -> str:
     text = f"{pair}: first {FIRST_LOSSES} losses at most {gap['first_5_max']:.2g} apart"
     if not gap["same_tokens"]:
         return f"{text}, other tokens in some step"
-    rest = f"all {gap['steps_compared']} at most {gap['max']:.2g} and on average {gap['mean_signed']:+.2g}"
+    average = f"{gap['mean']:.2g} on average (with their signs {gap['mean_signed']:+.2g})"
+    rest = f"all {gap['steps_compared']} at most {gap['max']:.2g} and {average}"
     return f"{text}, {rest}, the same tokens in every step"
 
 

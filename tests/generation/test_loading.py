@@ -11,13 +11,17 @@ from typing import Any
 import openai
 import pytest
 import redis
+import torch
+from safetensors.torch import load_file, save_file
 
+from shared.checkpoint_files import MANIFEST
 from shared.errors import Unavailable
 from shared.generation import WARM_UPS
 from shared.generation_client import GenerationClient
 from shared.settings import Settings
 from tests.generation.conftest import RunningGenerator, make_tiny_model, user
 from tests.waiting import LIMIT_S, wait_until
+from worker.generation.transformers_engine import TransformersBackend
 from worker.generation.warm_up import recommend
 
 TINY = "acme/tiny"
@@ -199,3 +203,23 @@ def test_a_batch_never_keeps_a_live_request_waiting(
         thread.join(LIMIT_S)
     wait_until(lambda: not running._running, limit_s=20)
     assert running.free_batch_slots == 3
+
+
+@pytest.mark.parametrize("is_checkpoint", [True, False])
+def test_a_checkpoint_in_32_bits_is_served_as_its_passes_saw_it(tmp_path: Path, is_checkpoint: bool) -> None:
+    """Masters a third of a digit away from numbers in bf16: to nearest, nothing of that would be left."""
+    folder = make_tiny_model(tmp_path / "tuned")
+    base = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    masters = {name: tensor.float() * (1 + 2**-8 / 3) for name, tensor in base.items()}
+    save_file(masters, folder / "model.safetensors", metadata={"format": "pt"})
+    if is_checkpoint:
+        (folder / MANIFEST).touch()
+    backend = TransformersBackend(Settings(data=tmp_path / "data", generation_dtype="bfloat16"))
+    engine = backend.load(folder, "tuned", backend.plan(folder, "tuned"))
+    try:
+        served = dict(engine._manager.model.named_parameters())
+    finally:
+        engine.close()
+    assert served.keys() >= masters.keys() and {tensor.dtype for tensor in served.values()} == {torch.bfloat16}
+    moved = [(served[name] != tensor).float().mean().item() for name, tensor in base.items() if tensor.numel() > 500]
+    assert min(moved) > 0.1 if is_checkpoint else max(moved) == 0

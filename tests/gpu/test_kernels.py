@@ -18,7 +18,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 # Asked again: by the time that they run, other tests may have hidden the GPUs from this process.
 pytestmark = pytest.mark.skipif("not INTERPRETED and not torch.cuda.is_available()", reason="needs an NVIDIA GPU")
 
-from worker.training import attention, gpu, kernels, rounding, varlen  # noqa: E402
+from worker import rounding  # noqa: E402
+from worker.training import attention, gpu, kernels, varlen  # noqa: E402
 from worker.training.operations import CpuOperations  # noqa: E402
 from worker.training.step import NO_TARGET  # noqa: E402
 

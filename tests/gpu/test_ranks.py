@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 bits": ONE,
 }
 LIMIT_S = 250
-"""A rank that waits for another waits for half an hour."""
+"""A rank that waits for another waits for hours."""
 LOSS, NORM = 5e-3, 5e-2
 """Relative, of bf16 products added up in another order, over six steps (docs/decisions/0104)."""
 

@@ -1,7 +1,5 @@
 """What the engine computes: exact packing, exact micro-batches, the same model in memory and on disk."""
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from shared.training_spec import Resolved
 from tests.training.conftest import MakeSpec, Outcome
 from tests.training.tiny_llama import write_jsonl
-from worker.training import data, decoder, head, passes, resolve, rounding, step, templates
+from worker.training import data, decoder, head, passes, resolve, step, templates
 from worker.training.attention import MOST_QUERIES
 from worker.training.operations import CpuOperations
 from worker.training.parallel import Alone
@@ -369,41 +367,6 @@ def test_saved_files_are_the_base_models_with_new_values(make_spec: MakeSpec, tm
     assert (tmp_path / "tokenizer.json").read_bytes() == (tiny_base / "tokenizer.json").read_bytes()
 
 
-def test_a_finished_model_is_in_the_bases_bf16_as_its_passes_saw_it(
-    run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path, tiny_base: Path
-) -> None:
-    """Beside the masters, which a base of the same values in 32 bits leaves as they are."""
-    bases = {name: tmp_path / name for name in ("bf16", "fp32")}
-    for name, folder in bases.items():
-        shutil.copytree(tiny_base, folder)
-        values = {key: tensor.bfloat16() for key, tensor in load_file(folder / "model.safetensors").items()}
-        if name == "fp32":
-            values = {key: tensor.float() for key, tensor in values.items()}
-        save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def trained(base: str, precision: str) -> Path:
-        folder = tmp_path / f"{base}-{precision}"
-        folder.mkdir()
-        training = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0, "learning_rate": 1e-3, "precision": precision}
-        outcome = run_here(make_spec(folder, base_model_dir=str(bases[base]), training=training))
-        assert outcome.status == 0, outcome.last
-        return folder / "checkpoints"
-
-    found, masters = trained("bf16", "bf16"), load_file(trained("fp32", "bf16") / "2" / "model.safetensors")
-    finished = load_file(found / "2" / "model.safetensors")
-    assert json.loads((found / "2" / "config.json").read_text())["dtype"] == "bfloat16"
-    for name, master in masters.items():
-        copy = torch.empty_like(master, dtype=torch.bfloat16)
-        rounding.copy(copy, master)
-        assert torch.equal(finished[name], copy), name
-    norms = {name: tensor for name, tensor in finished.items() if "norm" in name}
-    assert any((tensor != 1).any() for tensor in norms.values()), "rounded to nearest they would be as they were"
-
-    formats = [found / "1", trained("bf16", "fp32") / "2"]  # what is gone on from, and what no pass rounded
-    for checkpoint in formats:
-        assert {tensor.dtype for tensor in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
-
-
 def test_packed_training_counts_every_token_and_conversation(
     run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -420,6 +383,7 @@ def test_packed_training_counts_every_token_and_conversation(
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(
     run_here: Callable[..., Outcome], make_spec: MakeSpec, tmp_path: Path, tiny_base: Path
 ) -> None:
+    import shutil
 
     broken = tmp_path / "broken"
     shutil.copytree(tiny_base, broken)

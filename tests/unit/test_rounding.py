@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worker.training import rounding
+from worker import rounding
 
 NUMBERS = 3 * rounding.PERIOD + 1000
 

@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.utils import logging as transformers_logging
 
+from shared.checkpoint_files import MANIFEST
 from shared.errors import BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
-from worker import tokenizers
+from worker import rounding, tokenizers
 from worker.generation.engine import Send, Usage, knows_no_tools, refuse_unsupported, room_for, unsupported
 from worker.generation.planning import BLOCK_TOKENS, CachePlan, plan
 from worker.generation.sampling import Choosing, SeededSampling
@@ -121,7 +123,10 @@ class TransformersEngine:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-        ).to(device)
+        )
+        if (folder / MANIFEST).exists():
+            _round_as_trained(model, folder)
+        model.to(device)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.end_ids = _end_ids(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self._manager = model.init_continuous_batching(
@@ -364,6 +369,23 @@ class _Decoding:
             self._send([choice])
         if is_over:
             self._done.set_result(self._text.token_count)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]  # torch is not analysed
+def _round_as_trained(model: Any, folder: Path) -> None:
+    """Bring a checkpoint's 32-bit masters to bf16 as the passes that trained them saw them.
+
+    Rounded to nearest, as they are when loaded, what a run at a low rate has learnt is lost in part
+    (docs/experiments.md).
+    """
+    parameters = dict(model.named_parameters())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a mapping
+                target = parameters.get(name)
+                if target is None or target.dtype != torch.bfloat16 or stored.get_slice(name).get_dtype() != "F32":
+                    continue
+                rounding.copy(target, stored.get_tensor(name))
 
 
 def _end_ids(*sources: int | list[int] | None) -> list[int]:

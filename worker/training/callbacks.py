@@ -173,12 +173,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 trainer.take_part_in_saving(bare, Path(self._spec.base_model_dir), resumable=resumable)
             return
 
-        base = Path(self._spec.base_model_dir)
-        # Who serves the model rounds it to bf16 anyway, to nearest, and loses what rounding by thresholds keeps.
-        as_computed = not resumable and self._resolved.precision == "bf16" and model.is_bf16(base)
-
         def write(folder: Path) -> None:
-            model.save_model(bare, base, folder, self._template, as_computed=as_computed)
+            model.save_model(bare, Path(self._spec.base_model_dir), folder, self._template)
             if resumable:
                 trainer.save_resume_state(folder)
 
@@ -186,7 +182,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         manifest, digest = checkpoint.publish(
             folder,
             write,
-            expected_bytes=model.saved_bytes(bare, resumable=resumable, as_computed=as_computed),
+            expected_bytes=model.saved_bytes(bare, resumable=resumable),
             make_manifest=lambda files: checkpoint.Manifest(
                 job_id=self._spec.job_id,
                 step=step,

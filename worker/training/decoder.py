@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from worker.training import rounding
+from worker import rounding
 from worker.training.attention import Layout
 from worker.training.operations import Operations
 

@@ -205,6 +205,6 @@ def _round_by_thresholds(master, target, thresholds, numbers, PERIOD: tl.constex
 
 
 def round_by_thresholds(target: Any, master: Any, thresholds: Any) -> None:
-    """`worker.training.rounding.copy` on a GPU."""
+    """`worker.rounding.copy` on a GPU."""
     numbers, block = master.numel(), 1024
     _round_by_thresholds[(triton.cdiv(numbers, block),)](master, target, thresholds, numbers, len(thresholds), block)

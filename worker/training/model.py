@@ -37,8 +37,6 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    """As safetensors writes it: F32, BF16, F16 …"""
     file: Path
 
 
@@ -157,42 +155,21 @@ def list_weights(folder: Path) -> list[Weight]:
     weights = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a mapping
-                found = stored.get_slice(name)
-                weights.append(Weight(name, tuple(found.get_shape()), found.get_dtype(), file))
+            weights += [Weight(name, tuple(stored.get_slice(name).get_shape()), file) for name in stored.keys()]  # noqa: SIM118
     if not weights:
         raise BadBaseModel(f"the base model's folder {folder.name} holds no .safetensors file", "model")
     return weights
 
 
-def is_bf16(base: Path) -> bool:
-    """Whether all of its weights are."""
-    return all(weight.dtype == "BF16" for weight in list_weights(base))
-
-
-def save_model(model: Any, base: Path, target: Path, template: Template, *, as_computed: bool = False) -> None:
+def save_model(model: Any, base: Path, target: Path, template: Template) -> None:
     """Write the weights, the configuration and the tokenizer, loadable by plain transformers.
-
-    Args:
-        as_computed: in bf16, the very copies that passes in bf16 compute with, where the masters have 32 bits.
 
     Raises:
         BadBaseModel: the model in memory has other tensors than the base's files.
     """
-    import torch
     from safetensors.torch import save_file
 
-    from worker.training import rounding
-
-    def saved(tensor: Any) -> Any:
-        master = tensor.detach().contiguous()
-        if as_computed and master.dtype == torch.float32:
-            copy = torch.empty_like(master, dtype=torch.bfloat16)
-            rounding.copy(copy, master)
-            return copy.cpu()
-        return master.cpu()
-
-    tensors = {name: saved(tensor) for name, tensor in whole_tensors(model, base)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_tensors(model, base)}
     save_file(tensors, str(target / WEIGHTS), metadata={"format": "pt"})
     dtype = str(max(tensors.values(), key=lambda tensor: tensor.numel()).dtype).removeprefix("torch.")
     _save_configuration(base, target, dtype, template, model.config.eos_token_id)
@@ -233,9 +210,9 @@ def not_finite(model: Any) -> str | None:
     return named[int(broken[0])][0] if len(broken) else None
 
 
-def saved_bytes(model: Any, *, resumable: bool, as_computed: bool = False) -> int:
+def saved_bytes(model: Any, *, resumable: bool) -> int:
     """About what a checkpoint takes on disk: the weights, and two moments in 32 bits if it is resumable."""
-    weights: int = sum(p.numel() * (2 if as_computed else p.element_size()) for p in model.parameters())
+    weights: int = sum(p.numel() * p.element_size() for p in model.parameters())
     moments: int = 8 * sum(p.numel() for p in model.parameters()) if resumable else 0
     return weights + moments
 

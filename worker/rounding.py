@@ -4,7 +4,7 @@ Rounding to nearest hides every change below half of a weight's last digit. Fine
 bf16 already and moves them by less than that for dozens of steps: at a learning rate of 2e-5 runs learned visibly less
 than in 32 bits throughout (docs/experiments.md). Here each weight has a threshold of its own, fixed and evenly spread:
 of many weights that have moved by a third of a digit, a third shows it. What is bf16 already stays as it is, and the
-same masters give the same copies, in every process and after a resumption.
+same masters give the same copies, in every process, after a resumption, and where the model is served.
 """
 
 from functools import lru_cache
