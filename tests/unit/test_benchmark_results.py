@@ -54,10 +54,8 @@ def test_gaps_of_all_losses_are_told_not_of_the_first_alone() -> None:
     [(pair, gap)] = training_result.loss_differences(runs).items()
     assert (gap["first_5_max"], gap["max"], gap["mean_signed"]) == (0, 0.3, pytest.approx(-0.025))
     line = training_result.difference(pair, gap)
-    assert (
-        "first 5 losses at most 0 apart, all 8 at most 0.3 and 0.05 on average (with their signs -0.025), the same tokens"
-        in line
-    )
+    assert "first 5 losses at most 0 apart, all 8 at most 0.3 and 0.05 on average" in line
+    assert "-0.025), the same tokens" in line
     runs[1]["steps"][7]["tokens"] += 1
     [(pair, gap)] = training_result.loss_differences(runs).items()
     assert training_result.difference(pair, gap).endswith("at most 0 apart, other tokens in some step")
