@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from shared.checkpoint_files import MANIFEST
 from shared.errors import AppError, BadRequest, Unavailable
 from shared.generation import Choice, GenerationRequest
 from shared.settings import Settings
@@ -26,7 +27,7 @@ from tests.generation.parameter_table import ROWS, Row
 from tests.generation.parameter_table import answered as put_to
 from tests.generation.trained_prompt import TURNS, trained_prompt
 from tests.waiting import wait_until
-from worker import tokenizers
+from worker import rounding, tokenizers
 from worker.base_models import resolve
 from worker.generation.backends import make_backend
 from worker.generation.engine import Usage
@@ -357,3 +358,41 @@ def test_nothing_of_it_outlives_whoever_started_it(engine: VllmEngine) -> None:
     engine._server._process.stdin.close()
     wait_until(lambda: not members(engine))
     assert not engine._server.socket.parent.exists(), "not even its folder"
+
+
+TEXT = "Bees live in colonies and feed on nectar and pollen. The capital of France is Paris."
+
+
+def test_a_checkpoint_in_32_bits_is_served_as_its_passes_saw_it(
+    vllm_settings: Settings, folder: Path, run: Run, tokenizer: Any, tmp_path: Path
+) -> None:
+    """As the server loads it, and exchanged. Its masters are half a digit or less above the base's numbers in bf16."""
+    bases = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    masters = {name: tensor.float() * (1 + 0.99 * 2**-9) for name, tensor in bases.items()}
+    copies = {name: torch.empty_like(tensor) for name, tensor in bases.items()}
+    for name, master in masters.items():
+        assert torch.equal(master.bfloat16(), bases[name]), "rounded to nearest, nothing shows"
+        rounding.copy(copies[name], master)
+    contents = {"base": bases, "tuned": masters, "copies": copies}
+    for name, tensors in contents.items():
+        shutil.copytree(folder, tmp_path / name)
+        weights = {key: tensor.float() for key, tensor in tensors.items()}
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tuned" / MANIFEST).touch()
+
+    def scores(engine: VllmEngine) -> list[float]:
+        (choice,), _ = run(answered(engine, prompt=TEXT, logprobs=1, echo=True, max_tokens=0))
+        assert choice.logprobs is not None
+        return [entry["logprob"] for entry in choice.logprobs[1:]]
+
+    backend = VllmBackend(vllm_settings.model_copy(update={"generation_dtype": "bfloat16"}))
+    engine = backend.load(tmp_path / "tuned", "tuned", backend.plan(tmp_path / "tuned", "tuned"))
+    try:
+        loaded = scores(engine)
+        found = {}
+        for name in ("base", "copies", "tuned"):
+            assert backend.swap(engine, tmp_path / name, name)
+            found[name] = scores(engine)
+    finally:
+        engine.close()
+    assert loaded == found["tuned"] == found["copies"] != found["base"]

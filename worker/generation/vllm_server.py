@@ -81,7 +81,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(settings, self._folder.name),
+            env=_environment(settings, self._folder.name, dtype),
         )
         assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), name="vllm-log", daemon=True).start()
@@ -223,7 +223,7 @@ def _settle(future: "asyncio.Future[str]", why: str) -> None:
         future.set_result(why)
 
 
-def _environment(settings: Settings, folder: str) -> dict[str, str]:
+def _environment(settings: Settings, folder: str, dtype: str) -> dict[str, str]:
     """Ours without what belongs to our interpreter; no reports, no downloads."""
     # VLLM_CPU_KVCACHE_SPACE would override the plan.
     foreign = ("ANNEAL_", "PYTHON", "OMP_", "VLLM_CPU_KVCACHE_SPACE")
@@ -231,6 +231,7 @@ def _environment(settings: Settings, folder: str) -> dict[str, str]:
     return {
         **kept,
         "PYTHONPATH": str(Path(__file__).parent / "inside_vllm"),
+        "ANNEAL_SERVED_DTYPE": dtype,  # for anneal_exchange
         "TMPDIR": folder,  # its processes' sockets and files, which it leaves behind when it is killed
         "VLLM_RPC_BASE_PATH": folder,
         "VLLM_SERVER_DEV_MODE": "1",  # for the exchange of weights; the socket is in a folder of this user alone
