@@ -45,7 +45,7 @@ def thresholds(device: torch.device) -> torch.Tensor:
 
 
 def _copy(target_n: torch.Tensor, bits_n: torch.Tensor) -> None:
-    # A CPU's NaN, 0x7FC00000 or its negative, stays one whatever is added.
+    # A CPU's NaN, 0x7FC00000 or its negative, stays one whatever is added; one of a GPU never gets into a checkpoint.
     carries, scratch = thresholds(bits_n.device), torch.empty(PERIOD, dtype=torch.int32)
     for start in range(0, len(bits_n), PERIOD):
         bits = bits_n[start : start + PERIOD]

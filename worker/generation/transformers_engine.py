@@ -378,7 +378,7 @@ def _round_as_trained(model: Any, folder: Path) -> None:
     Rounded to nearest, as they are when loaded, what a run at a low rate has learnt is lost in part
     (docs/experiments.md).
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping

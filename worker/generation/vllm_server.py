@@ -45,6 +45,8 @@ DEVICE_OPTIONS = {
     "gpu": ("--gpu-memory-utilization", "0.01"),
 }
 LAST_LINES = 40
+WARNING = "anneal_exchange:"
+"""What our module in vLLM's processes begins a warning with; a worker's name may stand before it."""
 
 
 class Server:
@@ -81,7 +83,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(settings, self._folder.name, dtype),
+            env=_environment(settings, self._folder.name),
         )
         assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), name="vllm-log", daemon=True).start()
@@ -208,7 +210,7 @@ class Server:
         for line in output:
             text = line.decode(errors="replace").rstrip()
             self._lines.append(text)
-            log.debug("vllm: %s", text)
+            log.log(logging.WARNING if WARNING in text else logging.DEBUG, "vllm: %s", text)
 
     def _not_loaded(self, name: str, how: str) -> Unavailable:
         log.error("vLLM %s while it loaded %s; its last words:\n%s", how, name, "\n".join(self._lines))
@@ -223,7 +225,7 @@ def _settle(future: "asyncio.Future[str]", why: str) -> None:
         future.set_result(why)
 
 
-def _environment(settings: Settings, folder: str, dtype: str) -> dict[str, str]:
+def _environment(settings: Settings, folder: str) -> dict[str, str]:
     """Ours without what belongs to our interpreter; no reports, no downloads."""
     # VLLM_CPU_KVCACHE_SPACE would override the plan.
     foreign = ("ANNEAL_", "PYTHON", "OMP_", "VLLM_CPU_KVCACHE_SPACE")
@@ -231,7 +233,6 @@ def _environment(settings: Settings, folder: str, dtype: str) -> dict[str, str]:
     return {
         **kept,
         "PYTHONPATH": str(Path(__file__).parent / "inside_vllm"),
-        "ANNEAL_SERVED_DTYPE": dtype,  # for anneal_exchange
         "TMPDIR": folder,  # its processes' sockets and files, which it leaves behind when it is killed
         "VLLM_RPC_BASE_PATH": folder,
         "VLLM_SERVER_DEV_MODE": "1",  # for the exchange of weights; the socket is in a folder of this user alone

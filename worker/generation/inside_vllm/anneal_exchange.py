@@ -7,9 +7,8 @@ old embeddings, and the text was wrong without an error.
 """
 
 import importlib.util
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ import torch
 
 MANIFEST = "manifest.json"
 """`shared.checkpoint_files.MANIFEST`: a checkpoint of ours, not anybody's model."""
+
+WARNING = "anneal_exchange:"
+"""How a line begins that the generator logs as a warning."""
 
 
 class WeightExchange:
@@ -34,29 +36,32 @@ class WeightExchange:
 
 
 def round_as_trained() -> None:
-    """Have vLLM read a checkpoint's 32-bit masters as bf16, as the passes that trained them saw them.
+    """Have vLLM, computing in bf16, read a checkpoint's 32-bit masters as the passes that trained them saw them.
 
-    It would round them to nearest (docs/experiments.md, "Precision").
+    It would round them to nearest (docs/experiments.md, "Precision"). Loads and exchanges read by the same method.
     """
-    from vllm.model_executor.model_loader import default_loader
+    try:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    rounding = _rounding()
-    read = getattr(default_loader, "safetensors_weights_iterator", None)
-    if read is None:  # another vLLM than was tried
-        sys.stderr.write("vLLM's reader was not found: 32-bit checkpoints are rounded to nearest\n")
+        read = DefaultModelLoader.get_all_weights
+    except (ImportError, AttributeError) as error:
+        sys.stderr.write(
+            f"{WARNING} checkpoints in 32 bits are rounded to nearest, for this vLLM is another: {error}\n"
+        )
         return
+    rounding = _rounding()
 
-    def read_rounded(files: Sequence[str], *rest: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        is_checkpoint = any((Path(file).parent / MANIFEST).exists() for file in files)
-        for name, tensor in read(files, *rest, **options):
-            if not is_checkpoint or tensor.dtype != torch.float32:
+    def read_rounded(loader: Any, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        rounds = model_config.dtype == torch.bfloat16 and (Path(model_config.model) / MANIFEST).exists()
+        for name, tensor in read(loader, model_config, model):
+            if rounds and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+                copy = torch.empty_like(tensor, dtype=torch.bfloat16)
+                rounding.copy(copy, tensor.contiguous())
+                yield name, copy
+            else:
                 yield name, tensor
-                continue
-            copy = torch.empty_like(tensor, dtype=torch.bfloat16)
-            rounding.copy(copy, tensor.contiguous())
-            yield name, copy
 
-    default_loader.safetensors_weights_iterator = read_rounded
+    DefaultModelLoader.get_all_weights = read_rounded
 
 
 def _rounding() -> Any:
@@ -69,5 +74,4 @@ def _rounding() -> Any:
     return module
 
 
-if os.environ.get("ANNEAL_SERVED_DTYPE") == "bfloat16":
-    round_as_trained()
+round_as_trained()
