@@ -39,6 +39,7 @@ def running_valkey() -> Iterator[str]:
 
 
 S3_SERVER = """
+import time
 from moto.server import ThreadedMotoServer
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()

@@ -365,7 +365,7 @@ TEXT = "Bees live in colonies and feed on nectar and pollen. The capital of Fran
 
 
 def test_a_checkpoint_in_32_bits_is_served_as_its_passes_saw_it(
-    vllm_settings: Settings, folder: Path, run: Run, tokenizer: Any, tmp_path: Path
+    vllm_settings: Settings, folder: Path, run: Run, tmp_path: Path
 ) -> None:
     """As the server loads it, and exchanged. Its masters are half a digit or less above the base's numbers in bf16."""
     bases = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}

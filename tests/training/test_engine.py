@@ -49,6 +49,18 @@ def build(
     return engine.build(loaded, models.load_tokenizer(base), rows, resolved, folder), resolved
 
 
+def test_the_engine_tells_a_model_its_length_whoever_loaded_it(
+    make_spec: MakeSpec, tmp_path: Path, tiny_base: Path, rows: list[data.Example]
+) -> None:
+    """A standby loads for another one, and a model in shards says none: Unsloth's trainer on GPUs believes it."""
+    trainer, resolved = build(make_spec, tmp_path, rows)
+    for length in (256, None):
+        loaded = trainer.bare_model()
+        loaded.max_seq_length = length
+        again = engine.build(loaded, models.load_tokenizer(tiny_base), rows, resolved, tmp_path)
+        assert again.bare_model().max_seq_length == resolved.max_seq_length == 512
+
+
 class Owner:
     """Stands in for the run's callback."""
 

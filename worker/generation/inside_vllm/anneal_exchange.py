@@ -55,11 +55,9 @@ def round_as_trained() -> None:
         rounds = model_config.dtype == torch.bfloat16 and (Path(model_config.model) / MANIFEST).exists()
         for name, tensor in read(loader, model_config, model):
             if rounds and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
-                copy = torch.empty_like(tensor, dtype=torch.bfloat16)
-                rounding.copy(copy, tensor.contiguous())
-                yield name, copy
-            else:
-                yield name, tensor
+                master, tensor = tensor, torch.empty_like(tensor, dtype=torch.bfloat16)
+                rounding.copy(tensor, master.contiguous())
+            yield name, tensor
 
     DefaultModelLoader.get_all_weights = read_rounded
 
