@@ -1,5 +1,7 @@
 """What the engine computes: exact packing, exact micro-batches, the same model in memory and on disk."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -442,6 +444,16 @@ def test_a_folder_that_is_no_model_is_refused(
     (tmp_path / "empty").mkdir()
     outcome = run_here(make_spec(tmp_path, base_model_dir=str(tmp_path / "empty")))
     assert (outcome.status, outcome.last.code) == (1, "invalid_base_model")
+
+
+def test_a_file_that_was_copied_in_part_is_named(
+    run_here: Callable[..., Outcome], make_spec: MakeSpec, tiny_base: Path, tmp_path: Path
+) -> None:
+    half = shutil.copytree(tiny_base, tmp_path / "half")
+    os.truncate(half / "model.safetensors", (half / "model.safetensors").stat().st_size // 2)
+    error = run_here(make_spec(tmp_path, base_model_dir=str(half))).of("error")[0]
+    assert error.code == "invalid_base_model"
+    assert "base model half is broken" in error.message and "copy it again" in error.message
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_published(

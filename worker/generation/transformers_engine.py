@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
@@ -36,6 +35,7 @@ from worker.generation.sampling import Choosing, SeededSampling
 from worker.generation.text import AnswerText
 from worker.generation.token_scores import TokenEntries
 from worker.generation.tool_calls import ToolCallText, for_template
+from worker.weight_files import stored_tensors
 
 log = logging.getLogger(__name__)
 
@@ -379,13 +379,10 @@ def _round_as_trained(model: Any, folder: Path) -> None:
     (docs/experiments.md).
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a mapping
-                target = parameters.get(name)
-                if target is None or target.dtype != torch.bfloat16 or stored.get_slice(name).get_dtype() != "F32":
-                    continue
-                rounding.copy(target, stored.get_tensor(name))
+    for name, content in stored_tensors(folder):
+        target = parameters.get(name)
+        if target is not None and target.dtype == torch.bfloat16 and content.get_dtype() == "F32":
+            rounding.copy(target, content[...])
 
 
 def _end_ids(*sources: int | list[int] | None) -> list[int]:

@@ -18,6 +18,7 @@ from worker.training import memory
 from worker.training.failures import BadBaseModel
 from worker.training.resolve import Hardware, Needs
 from worker.training.templates import Template
+from worker.weight_files import stored_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +38,6 @@ class Weight:
 
     name: str
     shape: tuple[int, ...]
-    file: Path
 
 
 def hardware(limit_bytes: int | None = None, processes: int = 1) -> Hardware:
@@ -122,7 +122,7 @@ def load_model(
     import torch
     from unsloth import FastLanguageModel
 
-    weights = list_weights(folder)
+    list_weights(folder)  # before Unsloth, which would look for other formats
     full_precision = master_weights == "fp32"
     options: dict[str, Any] = {"dtype": torch.float32 if full_precision else torch.bfloat16}
     if hardware.is_gpu:
@@ -140,7 +140,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError) as error:
         raise BadBaseModel(f"the base model can't be loaded: {error}", "model") from error
-    _restore_exact_values(model, weights)
+    _restore_exact_values(model, folder)
     return model
 
 
@@ -148,14 +148,16 @@ def list_weights(folder: Path) -> list[Weight]:
     """Names and shapes of the base's tensors, read from the files' headers.
 
     Raises:
-        BadBaseModel: no safetensors in the folder.
+        BadBaseModel: no safetensors in the folder, or a broken one.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError
 
-    weights = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stored:
-            weights += [Weight(name, tuple(stored.get_slice(name).get_shape()), file) for name in stored.keys()]  # noqa: SIM118
+    try:
+        weights = [Weight(name, tuple(content.get_shape())) for name, content in stored_tensors(folder)]
+    except SafetensorError as error:
+        raise BadBaseModel(
+            f"a .safetensors file of the base model {folder.name} is broken ({error}): copy it again", "model"
+        ) from error
     if not weights:
         raise BadBaseModel(f"the base model's folder {folder.name} holds no .safetensors file", "model")
     return weights
@@ -217,19 +219,16 @@ def saved_bytes(model: Any, *, resumable: bool) -> int:
     return weights + moments
 
 
-def _restore_exact_values(model: Any, weights: list[Weight]) -> None:
+def _restore_exact_values(model: Any, folder: Path) -> None:
     """Copy the files' values over the loaded ones, which the GPU path has rounded to 16 bits on their way to 32."""
     import torch
-    from safetensors import safe_open
 
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for file in {weight.file for weight in weights}:
-            with safe_open(str(file), framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 - not a mapping
-                    parameter = parameters.get(name)
-                    if parameter is not None and parameter.dtype == torch.float32:
-                        parameter.copy_(stored.get_tensor(name))
+        for name, content in stored_tensors(folder):
+            parameter = parameters.get(name)
+            if parameter is not None and parameter.dtype == torch.float32:
+                parameter.copy_(content[...])
 
 
 def _save_configuration(base: Path, target: Path, dtype: str, template: Template, eos_token_id: Any) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +26,7 @@ from worker.training.moments import as_torch_has_it
 from worker.training.operations import Operations
 from worker.training.parallel import Alone, Together
 from worker.training.step import Abandoned, Arguments, Sums
+from worker.weight_files import stored_tensors
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOTHING = Example([0, 0], [0, 0], (2,))
@@ -64,13 +64,11 @@ def fill(found: Any, folder: Path) -> set[str]:
     """Read this rank's rows of every tensor of the files; returns the tensors' names."""
     parameters = dict(found.named_parameters())
     names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - not a mapping
-                if name in parameters:
-                    with torch.no_grad():
-                        parameters[name].to_local().copy_(stored.get_slice(name)[_rows(parameters[name])])
-                    names.add(name)
+    with torch.no_grad():
+        for name, content in stored_tensors(folder):
+            if name in parameters:
+                parameters[name].to_local().copy_(content[_rows(parameters[name])])
+                names.add(name)
     return names
 
 
