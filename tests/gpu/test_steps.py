@@ -145,6 +145,38 @@ def test_graphs_do_what_single_launches_do(model: LlamaForCausalLM, monkeypatch:
     assert losses[3] < losses[0] - 0.05, "the graph sees the weights of its time"
 
 
+def test_graphs_are_given_up_where_their_memory_is_wanted(model: LlamaForCausalLM) -> None:
+    """A pass of a new shape beside the graph of one as large: memory for one of them is enough."""
+    large, other = conversations([2048] * 4, seed=5), conversations([1900] * 4, seed=6)
+    reference = on_gpu(model)
+    plain = stepper_on_gpu(reference)
+    plain._may_record = False
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held_bytes = torch.cuda.memory_reserved()
+    expected = [(step(plain, rows), gradients_of(reference)) for rows in (large, large, other)]
+    pass_bytes = torch.cuda.max_memory_reserved() - held_bytes
+    trained = on_gpu(model)
+    stepper = stepper_on_gpu(trained)
+    gc.collect()
+    torch.cuda.empty_cache()
+    limit_bytes = torch.cuda.memory_reserved() + 1.4 * pass_bytes
+    torch.cuda.set_per_process_memory_fraction(limit_bytes / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        for rows, (numbers, gradients) in zip((large, large, other), expected, strict=True):
+            if rows is other:
+                assert stepper.can_shrink
+                with pytest.raises(torch.OutOfMemoryError):
+                    step(stepper, rows)
+                stepper.shrink()
+                assert not stepper.can_shrink
+            assert step(stepper, rows)[0] == pytest.approx(numbers[0], rel=2**-10)
+            assert_close(gradients_of(trained), gradients, SAME_OFF)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_gradient_checkpointing_changes_no_gradient(model: LlamaForCausalLM) -> None:
     """Nor does it in a graph."""
     rows = conversations(LENGTHS, seed=3)

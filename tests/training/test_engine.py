@@ -66,8 +66,13 @@ def test_the_engine_tells_a_model_its_length_whoever_loaded_it(
 class Owner:
     """Stands in for the run's callback."""
 
+    shrunk = 0
+
     def is_cancelled(self) -> bool:
         return False
+
+    def shrank(self) -> None:
+        self.shrunk += 1
 
 
 def gradients(trainer: engine.Engine, rows: list[data.Example], micro: int) -> dict[str, torch.Tensor]:
@@ -176,6 +181,38 @@ def test_a_cancel_is_obeyed_between_two_passes(make_spec: MakeSpec, tmp_path: Pa
     with pytest.raises(Abandoned):
         stepper.step(rows[:8], 1, lambda: asked.append(True) or len(asked) == 2)
     assert len(asked) == 2
+
+
+class ShortOfMemory(Stepper):
+    """Whose second pass runs out of memory on its way back, as long as something may be given up."""
+
+    can_shrink = True
+
+    def shrink(self) -> None:
+        self.can_shrink = False
+
+    def _pass(self, one: passes.Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
+        if self.can_shrink and not first:
+            self.weights.leaves[0].grad = torch.ones_like(self.weights.leaves[0])  # half added up
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._pass(one, scale, first=first)
+
+
+def test_a_step_is_done_again_with_the_memory_that_made_it_faster(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    expected = gradients(trainer, rows[:8], micro=4)
+    owner = trainer.owner
+    trainer.stepper = ShortOfMemory(trainer.bare_model(), torch.float32, recompute=False, most=4)
+    found = gradients(trainer, rows[:8], micro=4)
+    assert owner.shrunk == 0
+    assert trainer.owner.shrunk == 1
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    trainer.stepper.can_shrink, trainer.stepper.shrink = True, lambda: None
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(trainer, rows[:8], micro=4)
+    assert trainer.owner.shrunk == 1, "one more attempt, not as many as it takes"
 
 
 ROPES: dict[str, dict[str, Any]] = {

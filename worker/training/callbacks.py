@@ -123,6 +123,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         """Whether the step that runs need not be finished; asked between two passes."""
         return self._stops.cancelled
 
+    def shrank(self) -> None:
+        """A step is done again in less memory."""
+        self._reporter.warn(
+            "The GPU's memory ran out beside the CUDA graphs that make steps faster: training goes on without them. "
+            "Gradients are the same; steps may take longer. A smaller training.micro_batch_size or tokens_per_pass "
+            "would leave room for both."
+        )
+
     def evaluate(self, trainer: engine.Engine) -> None:
         """Evaluate on the validation rows and say so; abandoned if a stop is asked for meanwhile.
 

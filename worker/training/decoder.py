@@ -168,6 +168,9 @@ class Weights:
         """
         self._make_gradients()
         self._first = first
+        if first:
+            for leaf in self.leaves:
+                leaf.grad = None  # of a pass that broke off
         loss.backward()
 
     def clear_gradients(self) -> None:

@@ -35,7 +35,7 @@ from worker.training.failures import is_out_of_memory
 from worker.training.operations import CpuOperations
 from worker.training.parallel import Alone, Together
 from worker.training.sharding import ShardedStepper
-from worker.training.step import Abandoned, Stepper
+from worker.training.step import Abandoned, Stepper, Sums
 
 EVALUATION_TOKENS = 4096
 """Of one evaluation pass or batch, padding included. Halved where even that does not fit."""
@@ -187,7 +187,7 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
         learned = passes.count_learned(rows)
         mine = self.group.share(rows)
         if self.stepper is not None:
-            sums = self.stepper.step(mine, learned, self.owner.is_cancelled)
+            sums = self._sums(self.stepper, mine, learned)
             loss, correct = self.group.add_up(self.stepper.gradients, sums.loss, sums.correct)
             self.counts.learned += learned
             self.counts.correct += correct
@@ -206,6 +206,17 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             if parameter.grad is None or not mine:
                 parameter.grad = torch.zeros_like(parameter)
         return self.group.add_up([parameter.grad for parameter in trained], loss if mine else loss * 0, 0)[0]
+
+    def _sums(self, stepper: Stepper | ShardedStepper, rows: list[Example], learned: int) -> Sums:
+        """Done again if memory ran out that can be had: a step's first pass replaces whatever was there."""
+        try:
+            return stepper.step(rows, learned, self.owner.is_cancelled)
+        except Exception as error:
+            if not stepper.can_shrink or not is_out_of_memory(error):
+                raise
+        stepper.shrink()  # only here nothing names the pass that failed and what it held
+        self.owner.shrank()
+        return stepper.step(rows, learned, self.owner.is_cancelled)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Takes up what a checkpoint has, however many ranks made it and with however many bits."""

@@ -5,7 +5,8 @@ Norms, rotary embedding, SwiGLU and the loss's softmax are bound by memory, and 
 
 A pass is launched kernel by kernel the first time its shape comes up and recorded as a graph the second time; from
 then on the whole of it is one launch, however slow the host. So that shapes repeat, sizes are padded, with tokens that
-nothing is learned from.
+nothing is learned from. Graphs hold the memory of a pass between steps, and a pass of a new shape needs its own beside
+it; where that is too much they are given up.
 """
 
 import gc
@@ -220,7 +221,21 @@ class GraphStepper(step.Stepper):
         self._copying: Any = None
         """The graph of `Weights.refresh`, a kernel for each parameter."""
         self._refreshes = 0
+        self._may_record = True
         self._loss, self._correct = self._zero(), self._zero(torch.long)
+
+    @property
+    def can_shrink(self) -> bool:
+        return self._may_record and bool(self._inputs_of)
+
+    def shrink(self) -> None:
+        """Give up all graphs, and make no more."""
+        self._may_record = False
+        self._graphs.clear()
+        self._inputs_of.clear()
+        self._copying = self._pool = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _operations(self, *, recompute: bool) -> Any:
         return GpuOperations(SMALL_CHUNK_ROWS if recompute else CHUNK_ROWS)
@@ -234,7 +249,7 @@ class GraphStepper(step.Stepper):
         graph = self._graphs.get(shape)
         inputs = self._inputs_of.get(shape) or Inputs(shape, self._device)
         inputs.fill(one, tiles, scale)
-        if graph is None and shape in self._met and len(self._graphs) < MOST_GRAPHS:
+        if graph is None and self._may_record and shape in self._met and len(self._graphs) < MOST_GRAPHS:
             self._inputs_of[shape] = inputs
             graph = self._graphs[shape] = self._record(lambda: self._compute(inputs))
         self._met.add(shape)
@@ -246,7 +261,7 @@ class GraphStepper(step.Stepper):
 
     def _refresh(self) -> None:
         self._refreshes += 1
-        if self._refreshes == 2 and self.weights.has_copies:
+        if self._may_record and self._refreshes == 2 and self.weights.has_copies:
             self._copying = self._record(super()._refresh)
         if self._copying is None:
             super()._refresh()

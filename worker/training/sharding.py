@@ -114,6 +114,7 @@ class ShardedStepper:
 
     gradients: Sequence[torch.Tensor] = ()
     """None are left to be summed."""
+    can_shrink = False
 
     def __init__(
         self,
@@ -134,6 +135,9 @@ class ShardedStepper:
         weights = _Weights(found, dtype)
         found.loss_of_pass = _Decoder(weights, operations, recompute=recompute).loss
         register_fsdp_forward_method(found, "loss_of_pass")
+
+    def shrink(self) -> None:
+        """Nothing is held but what is needed."""
 
     def step(self, rows: Sequence[Example], learned: int, should_stop: Callable[[], bool]) -> Sums:
         """As `Stepper.step`; gradients are summed over the ranks already, the loss is not."""

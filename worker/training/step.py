@@ -63,6 +63,14 @@ class Stepper:
         self._device = self.weights.embedding.device
 
     @property
+    def can_shrink(self) -> bool:
+        """Whether memory is held that only makes steps faster, so that one that found too little can be done again."""
+        return False
+
+    def shrink(self) -> None:
+        """Give that memory back, for good."""
+
+    @property
     def gradients(self) -> Sequence[torch.Tensor]:
         """What `step` leaves to be summed over the ranks."""
         return self.weights.gradients
