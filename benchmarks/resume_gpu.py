@@ -14,8 +14,8 @@ What counts as the same was fixed before measuring (docs/decisions/0104): the fi
 loss of the run it branched from (1e-6), because nothing was added up in another order yet; each later loss, each loss
 of `limited`, whose passes are others from the first on, and each validation loss is within 5e-3 of the other run's,
 relatively, each gradient norm within 5e-2; learning rates, epochs and token counts are equal. Parts run at the same
-time, in processes of their own, each with its own timeout and compile caches; --parts chooses some. Prints a line as each part ends, writes OUT/resume_gpu.json after each, and exits with 1
-if anything differs.
+time, in processes of their own, each with its own timeout and compile caches; --parts chooses some. Prints a line as
+each part ends, writes OUT/resume_gpu.json after each, and exits with 1 if anything differs.
 Runs from a checkout, needs no installation of the project.
 """
 
