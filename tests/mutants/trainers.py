@@ -130,6 +130,20 @@ TRAINER = (
         pytest("tests/training/test_engine.py::test_a_loss_that_is_not_finite_ends_the_run_as_diverged"),
     ),
     guard(
+        "memory that only makes steps faster is given up before an attempt",
+        "worker/training/engine.py",
+        "            if not stepper.can_shrink or not is_out_of_memory(error):\n",
+        "            if True:\n",
+        pytest("tests/training/test_engine.py::test_a_step_is_done_again_with_the_memory_that_made_it_faster"),
+    ),
+    guard(
+        "a step that is done again keeps nothing of the pass that failed",
+        "worker/training/decoder.py",
+        "                leaf.grad = None  # of a pass that broke off\n",
+        "                pass\n",
+        pytest("tests/training/test_engine.py::test_a_step_is_done_again_with_the_memory_that_made_it_faster"),
+    ),
+    guard(
         "a resumed run keeps its passes",
         "worker/training/loop.py",
         "            begun_with=plan.sizes,\n",
