@@ -3,7 +3,7 @@
 import copy
 import gc
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,36 +145,87 @@ def test_graphs_do_what_single_launches_do(model: LlamaForCausalLM, monkeypatch:
     assert losses[3] < losses[0] - 0.05, "the graph sees the weights of its time"
 
 
-def test_graphs_are_given_up_where_their_memory_is_wanted(model: LlamaForCausalLM) -> None:
-    """A pass of a new shape beside the graph of one as large: memory for one of them is enough."""
-    large, other = conversations([2048] * 4, seed=5), conversations([1900] * 4, seed=6)
-    reference = on_gpu(model)
-    plain = stepper_on_gpu(reference)
-    plain._may_record = False
+LARGE = (2048,) * 4
+"""Conversations whose pass takes far more memory than the model."""
+
+
+def pass_bytes(model: LlamaForCausalLM, rows: list[Example]) -> int:
+    """What a step over the rows takes of the GPU's memory beside what there is."""
+    stepper = stepper_on_gpu(on_gpu(model))
+    step(stepper, rows[:1])  # gradients, compilers' and libraries' own
+    empty_cache()
+    held_bytes = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    step(stepper, rows)
+    return torch.cuda.max_memory_reserved() - held_bytes
+
+
+def empty_cache() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    held_bytes = torch.cuda.memory_reserved()
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[float], None]]:
+    """Lets this process take so many bytes more."""
+
+    def limit(more_bytes: float) -> None:
+        empty_cache()
+        most_bytes = torch.cuda.memory_reserved() + more_bytes
+        torch.cuda.set_per_process_memory_fraction(most_bytes / torch.cuda.get_device_properties(0).total_memory)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def run_out_and_shrink(stepper: gpu.GraphStepper, rows: list[Example]) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        step(stepper, rows)
+    assert stepper.can_shrink
+    stepper.shrink()
+    assert not stepper.can_shrink
+
+
+def test_graphs_are_given_up_where_their_memory_is_wanted(
+    model: LlamaForCausalLM, limit: Callable[[float], None]
+) -> None:
+    """A pass of a new shape beside the graph of one as large: memory for one of them is enough."""
+    large, other = conversations(LARGE, seed=5), conversations([1900] * 4, seed=6)
+    reference, trained = on_gpu(model), on_gpu(model)
+    plain, stepper = stepper_on_gpu(reference), stepper_on_gpu(trained)
+    plain._may_record = False
     expected = [(step(plain, rows), gradients_of(reference)) for rows in (large, large, other)]
-    pass_bytes = torch.cuda.max_memory_reserved() - held_bytes
+    limit(1.4 * pass_bytes(model, large))
+    for rows, (numbers, gradients) in zip((large, large, other), expected, strict=True):
+        if rows is other:
+            run_out_and_shrink(stepper, rows)
+        assert step(stepper, rows)[0] == pytest.approx(numbers[0], rel=2**-10)
+        assert_close(gradients_of(trained), gradients, SAME_OFF)
+
+
+def test_memory_may_run_out_while_a_graph_is_recorded(model: LlamaForCausalLM, limit: Callable[[float], None]) -> None:
+    rows = conversations(LARGE, seed=5)
     trained = on_gpu(model)
     stepper = stepper_on_gpu(trained)
-    gc.collect()
-    torch.cuda.empty_cache()
-    limit_bytes = torch.cuda.memory_reserved() + 1.4 * pass_bytes
-    torch.cuda.set_per_process_memory_fraction(limit_bytes / torch.cuda.get_device_properties(0).total_memory)
-    try:
-        for rows, (numbers, gradients) in zip((large, large, other), expected, strict=True):
-            if rows is other:
-                assert stepper.can_shrink
-                with pytest.raises(torch.OutOfMemoryError):
-                    step(stepper, rows)
-                stepper.shrink()
-                assert not stepper.can_shrink
-            assert step(stepper, rows)[0] == pytest.approx(numbers[0], rel=2**-10)
-            assert_close(gradients_of(trained), gradients, SAME_OFF)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    expected, gradients = step(stepper, rows), gradients_of(trained)
+    stream = torch.cuda.current_stream()
+    limit(0.5 * pass_bytes(model, rows))
+    run_out_and_shrink(stepper, rows)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    for _ in range(2):
+        assert step(stepper, rows)[0] == pytest.approx(expected[0], rel=2**-10)
+        assert_close(gradients_of(trained), gradients, SAME_OFF)
+    assert not stepper._graphs
+
+
+def test_nothing_is_recorded_before_the_optimizer_has_its_moments(model: LlamaForCausalLM) -> None:
+    rows = conversations([40] * 16, seed=7)  # four passes
+    stepper = stepper_on_gpu(on_gpu(model))
+    step(stepper, rows)
+    assert not stepper._graphs
+    step(stepper, rows)
+    assert stepper._graphs
 
 
 def test_gradient_checkpointing_changes_no_gradient(model: LlamaForCausalLM) -> None:

@@ -186,33 +186,71 @@ def test_a_cancel_is_obeyed_between_two_passes(make_spec: MakeSpec, tmp_path: Pa
 class ShortOfMemory(Stepper):
     """Whose second pass runs out of memory on its way back, as long as something may be given up."""
 
-    can_shrink = True
+    can_shrink = is_short = True
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory")
 
     def shrink(self) -> None:
-        self.can_shrink = False
+        self.can_shrink = self.is_short = False
 
     def _pass(self, one: passes.Pass, scale: float, *, first: bool) -> tuple[Any, Any]:
-        if self.can_shrink and not first:
+        if self.is_short and not first:
             self.weights.leaves[0].grad = torch.ones_like(self.weights.leaves[0])  # half added up
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return super()._pass(one, scale, first=first)
+
+    def evaluate(self, rows: Any, most_tokens: int, should_stop: Any) -> Any:
+        if self.is_short:
+            raise self.error
+        return super().evaluate(rows, most_tokens, should_stop)
+
+
+def short_of_memory(trainer: engine.Engine) -> ShortOfMemory:
+    trainer.owner = Owner()
+    return ShortOfMemory(trainer.bare_model(), torch.float32, recompute=False, most=4)
 
 
 def test_a_step_is_done_again_with_the_memory_that_made_it_faster(
     make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
 ) -> None:
     trainer, _ = build(make_spec, tmp_path, rows)
-    expected = gradients(trainer, rows[:8], micro=4)
-    owner = trainer.owner
-    trainer.stepper = ShortOfMemory(trainer.bare_model(), torch.float32, recompute=False, most=4)
+    expected, counts = gradients(trainer, rows[:8], micro=4), replace(trainer.counts)
+    assert trainer.owner.shrunk == 0
+    trainer.stepper, trainer.counts = short_of_memory(trainer), engine.Counts()
     found = gradients(trainer, rows[:8], micro=4)
-    assert owner.shrunk == 0
     assert trainer.owner.shrunk == 1
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    trainer.stepper.can_shrink, trainer.stepper.shrink = True, lambda: None
-    with pytest.raises(torch.OutOfMemoryError):
+    assert trainer.counts == counts
+
+
+@pytest.mark.parametrize("why", ["not memory", "nothing to give up", "not enough"])
+def test_a_step_that_fails_for_good_fails_once(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example], why: str
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    trainer.stepper = stepper = short_of_memory(trainer)
+    shrunk: list[bool] = []
+    stepper.shrink = lambda: shrunk.append(True)
+    if why == "not memory":
+        stepper.error = ValueError("a fault")
+    if why == "nothing to give up":
+        stepper.can_shrink = False
+    with pytest.raises(type(stepper.error)):
         gradients(trainer, rows[:8], micro=4)
-    assert trainer.owner.shrunk == 1, "one more attempt, not as many as it takes"
+    assert len(shrunk) == (why == "not enough")
+    assert trainer.owner.shrunk == 0, "nothing goes on"
+
+
+def test_an_evaluation_takes_the_memory_that_makes_steps_faster_last(
+    make_spec: MakeSpec, tmp_path: Path, rows: list[data.Example]
+) -> None:
+    trainer, _ = build(make_spec, tmp_path, rows)
+    expected = engine.evaluate(trainer, rows[:8], lambda: False)
+    trainer.stepper = stepper = short_of_memory(trainer)
+    assert engine.evaluate(trainer, rows[:8], lambda: False) == expected
+    assert trainer.owner.shrunk == 1
+    stepper.is_short = True
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.evaluate(trainer, rows[:8], lambda: False)
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -490,7 +528,7 @@ def test_a_file_that_was_copied_in_part_is_named(
     os.truncate(half / "model.safetensors", (half / "model.safetensors").stat().st_size // 2)
     error = run_here(make_spec(tmp_path, base_model_dir=str(half))).of("error")[0]
     assert error.code == "invalid_base_model"
-    assert "base model half is broken" in error.message and "copy it again" in error.message
+    assert "base model half can't be read" in error.message and "copy it again" in error.message
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_published(

@@ -124,11 +124,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         return self._stops.cancelled
 
     def shrank(self) -> None:
-        """A step is done again in less memory."""
+        """A step or an evaluation had to be done again in less memory."""
         self._reporter.warn(
             "The GPU's memory ran out beside the CUDA graphs that make steps faster: training goes on without them. "
-            "Gradients are the same; steps may take longer. A smaller training.micro_batch_size or tokens_per_pass "
-            "would leave room for both."
+            "Gradients are the same; steps may take longer. Less in a pass (training.micro_batch_size, "
+            "training.tokens_per_pass) would leave room for both."
         )
 
     def evaluate(self, trainer: engine.Engine) -> None:

@@ -215,8 +215,9 @@ class Engine(SFTTrainer):  # type: ignore[misc]  # nor is trl
             if not stepper.can_shrink or not is_out_of_memory(error):
                 raise
         stepper.shrink()  # only here nothing names the pass that failed and what it held
+        sums = stepper.step(rows, learned, self.owner.is_cancelled)
         self.owner.shrank()
-        return stepper.step(rows, learned, self.owner.is_cancelled)
+        return sums
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Takes up what a checkpoint has, however many ranks made it and with however many bits."""
@@ -430,8 +431,9 @@ def evaluate(engine: Engine, rows: list[Example], should_stop: Callable[[], bool
     """Token-mean loss and accuracy over the rows, or None if `should_stop()` became true meanwhile on any rank.
 
     By our own passes where steps are computed by them, else in padded batches with a mask, so that nothing depends on
-    how the engine tells conversations apart; logits are made of the labelled positions only. Smaller passes or batches
-    are tried before memory counts as having run out: no choice that makes training fit would help here.
+    how the engine tells conversations apart; logits are made of the labelled positions only. Smaller passes or batches,
+    and then what the stepper can give up, are tried before memory counts as having run out: no choice that makes
+    training fit would help here.
     """
     sums = engine.group.total(_evaluate_share(engine, engine.group.share(rows), should_stop))
     if sums is None:
@@ -452,9 +454,15 @@ def _evaluate_share(engine: Engine, rows: list[Example], should_stop: Callable[[
             return _evaluate(engine, rows, batch_tokens, should_stop)
         except Exception as error:
             alone = not isinstance(engine.stepper, ShardedStepper)  # else other ranks would not try again with us
-            if not alone or not is_out_of_memory(error) or batch_tokens <= longest:
+            shrinks = batch_tokens <= longest and engine.stepper is not None and engine.stepper.can_shrink
+            if not alone or not is_out_of_memory(error) or (batch_tokens <= longest and not shrinks):
                 raise
-        batch_tokens //= 2
+        if shrinks:
+            assert engine.stepper is not None
+            engine.stepper.shrink()
+            engine.owner.shrank()
+        else:
+            batch_tokens //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

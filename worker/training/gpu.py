@@ -230,6 +230,7 @@ class GraphStepper(step.Stepper):
 
     def shrink(self) -> None:
         """Give up all graphs, and make no more."""
+        torch.cuda.synchronize()  # one of them may be at work, on another stream than its memory's
         self._may_record = False
         self._graphs.clear()
         self._inputs_of.clear()
@@ -249,7 +250,9 @@ class GraphStepper(step.Stepper):
         graph = self._graphs.get(shape)
         inputs = self._inputs_of.get(shape) or Inputs(shape, self._device)
         inputs.fill(one, tiles, scale)
-        if graph is None and self._may_record and shape in self._met and len(self._graphs) < MOST_GRAPHS:
+        # Not in the first step: what a graph holds could be what the optimizer's moments, not made yet, would need.
+        may_record = self._may_record and self._refreshes > 1 and len(self._graphs) < MOST_GRAPHS
+        if graph is None and may_record and shape in self._met:
             self._inputs_of[shape] = inputs
             graph = self._graphs[shape] = self._record(lambda: self._compute(inputs))
         self._met.add(shape)

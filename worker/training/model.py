@@ -154,9 +154,9 @@ def list_weights(folder: Path) -> list[Weight]:
 
     try:
         weights = [Weight(name, tuple(content.get_shape())) for name, content in stored_tensors(folder)]
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise BadBaseModel(
-            f"a .safetensors file of the base model {folder.name} is broken ({error}): copy it again", "model"
+            f"a .safetensors file of the base model {folder.name} can't be read ({error}): copy it again", "model"
         ) from error
     if not weights:
         raise BadBaseModel(f"the base model's folder {folder.name} holds no .safetensors file", "model")
