@@ -11,11 +11,12 @@
     limited               the same with 0.62 of the memory that took: runs out, goes down the ladder until it fits
 
 What counts as the same was fixed before measuring (docs/decisions/0104): the first step after a resume has the very
-loss of the run it branched from (1e-6), because nothing was added up in another order yet; each later loss, each loss
-of `limited`, whose passes are others from the first on, and each validation loss is within 5e-3 of the other run's,
-relatively, each gradient norm within 5e-2; learning rates, epochs and token counts are equal. Parts run at the same
-time, in processes of their own, each with its own timeout and compile caches; --parts chooses some. Prints a line as
-each part ends, writes OUT/resume_gpu.json after each, and exits with 1 if anything differs.
+loss of the run it branched from (1e-6), because nothing was added up in another order yet; each later loss and each
+validation loss is within 5e-3 of the other run's, relatively, each gradient norm within 5e-2; learning rates, epochs
+and token counts are equal. For the first loss of `limited`, whose passes are other ones, 1e-6 was not meant, and missed
+by 9.1e-6: 1e-4 was set afterwards. Parts run at the same time, in processes of their own, each with its own timeout
+and compile caches; --parts chooses some. Prints a line as each part ends, writes OUT/resume_gpu.json after each, and
+exits with 1 if anything differs.
 Runs from a checkout, needs no installation of the project.
 """
 
@@ -47,6 +48,7 @@ STEPS, SAVE_STEPS, KILLED_AFTER = 20, 5, (7, 13)
 LIMITED_STEPS, ROW_TOKENS = 6, 2048
 BRANCH_STEP = 10
 FIRST_LOSS_TOLERANCE, LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-3, 5e-2
+OTHER_PASSES_TOLERANCE = 1e-4
 SHARE_OF_PEAK = 0.62
 """Less than micro-batches of 8 need, more than those of 4 should: nearly all is activations with these rows."""
 TINY_LIMIT_BYTES = 620 * 2**20
@@ -326,7 +328,7 @@ def comparisons(told: dict[str, Told], limited_steps: int) -> dict[str, Any]:
         if one in told and other in told:
             first = BRANCH_STEP + 1 if one == "branched" else 1
             last = limited_steps if one == "limited" else STEPS
-            tolerance = LOSS_TOLERANCE if one == "limited" else FIRST_LOSS_TOLERANCE
+            tolerance = OTHER_PASSES_TOLERANCE if one == "limited" else FIRST_LOSS_TOLERANCE
             found[f"{one} - {other}"] = compare(told[one], told[other], first, last, tolerance)
     return found
 

@@ -3,10 +3,11 @@
     python3 benchmarks/scaling.py --model FOLDER [--gpus 1,2] [--sharding on] --out FILE
 
 Packed rows of 2048 tokens, 16 of them a step for each GPU, so that a GPU has the same to do whatever their number. The
-numbers take turns, in rounds, each run in a process of its own. The rate is the steady one: the first 20 steps are left
-out, evaluation and checkpoints there are none but the one at the end. Also printed: the losses of the first step, which
-differ because the batches do. Where there is no GPU, as many processes share the CPU, with rows of 512 tokens, which
-shows that it works and no speed.
+numbers take turns, in rounds, each run in a process of its own. The rate is the median step's, the first 20 left out:
+in so few steps the mean tells how many graphs were still recorded, which is the rows' doing (each step's time is in
+--out). Evaluation and checkpoints there are none but the one at the end. The first step's losses differ, because the
+batches do. Where there is no GPU, as many processes share the CPU, with rows of 512 tokens, which shows that it works
+and no speed.
 
 Runs from a checkout with torch and Unsloth on the Python path, needs no installation of the project.
 """
@@ -76,11 +77,11 @@ def one(args: argparse.Namespace, gpus: int, number: int, data: Path, scratch: P
 
 
 def ratios(runs: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """By number of GPUs: median steady tokens/s, and that over the smallest number's."""
+    """By number of GPUs: tokens/s of the median step, the runs' median, and that over the smallest number's."""
     rates: dict[int, list[float]] = {}
     for run in runs:
         if run["failure"] is None:
-            rates.setdefault(run["gpus"], []).append(run["steady_tokens_per_second"])
+            rates.setdefault(run["gpus"], []).append(training_result.median_rate(run["steps"]))
     medians = {gpus: statistics.median(found) for gpus, found in sorted(rates.items())}
     return {gpus: {"rate": rate, "ratio": round(rate / medians[min(medians)], 3)} for gpus, rate in medians.items()}
 

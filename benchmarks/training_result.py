@@ -86,6 +86,14 @@ def rates(steps: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
+def median_rate(steps: list[dict[str, Any]]) -> float:
+    """Tokens/s of the median of the steady steps."""
+    skip = max(min(STEADY_AFTER, len(steps) // 2), 1)
+    pairs = zip(steps[skip - 1 :], steps[skip:], strict=False)
+    rates = [one["tokens"] / (one["elapsed_s"] - before["elapsed_s"]) for before, one in pairs]
+    return round(statistics.median(rates), 1)
+
+
 def summaries(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By contender: of each number its median, least and most over the whole runs, and the failures."""
     found: dict[str, dict[str, Any]] = {}
