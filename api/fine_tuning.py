@@ -29,7 +29,7 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class
 
 @router.post("")
 def create_job(request: JobCreate, caller: Caller, outbox: OutboxDep, once: OnceDep) -> FineTuningJob:
-    """Store the job, then let the worker know."""
+    """Fine-tune a model on a file: the job waits in the queue for a worker."""
     queue = queue_view().now()
     with transaction() as session:
         job = job_creation.submit(session, caller.project_id, request)

@@ -25,7 +25,8 @@ QUANTIZED_FULL = (
 class TrainingSpec(BaseModel):
     """The choices of one run. Defaults are the tutorial's; `"auto"` becomes a concrete value the job shows."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # What stands below a field is its description in /docs too.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     method: Literal["full"] = "full"
     """Every parameter is trained."""
@@ -36,7 +37,9 @@ class TrainingSpec(BaseModel):
     warmup_steps: Annotated[StrictInt, Field(ge=0, le=10**9)] = 5
     """Steps of linear warm-up."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """What the learning rate does after the warm-up, over the steps of the whole run."""
     weight_decay: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.01
+    """AdamW's; norms and biases have none."""
     max_grad_norm: Annotated[float, Field(gt=0, strict=True)] = 1.0
     """Gradients are scaled down to this global L2 norm."""
     batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] | Auto = "auto"
@@ -63,6 +66,7 @@ class TrainingSpec(BaseModel):
     packing: Literal["none", "rows"] = "none"
     """`rows`: several conversations share a row of `max_seq_length` (512 on CPU), each attending to itself only."""
     logging_steps: PositiveInt = 1
+    """Steps of each entry of the curve, which has their mean loss."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What matrix products compute in. `auto`: bf16 where the hardware has it, else fp16 on GPU and fp32 on CPU."""
     master_weights: Literal["fp32", "bf16"] = "fp32"
@@ -91,6 +95,7 @@ class TrainingSpec(BaseModel):
     load_in_4bit: StrictBool = False
     """Accepted only as false, so that recipes that spell it out run unchanged."""
     load_in_8bit: StrictBool = False
+    """As `load_in_4bit`."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

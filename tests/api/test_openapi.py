@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 
 from shared.settings import Settings
+from shared.training_spec import TrainingSpec
 from tests.api.openapi import Document
 from tests.conftest import chat_row, jsonl
 from tests.worker.conftest import base_folder, submit  # noqa: F401 - fixtures
@@ -186,3 +187,10 @@ def test_the_documentation_needs_nobody_else(client: TestClient) -> None:
         assert client.get(link).status_code == 200, link
     style = client.get("/docs/assets/swagger-ui.css").text
     assert not re.findall(r"url\(['\"]?(?:https?:)?//", style) and "@import" not in style
+
+
+def test_each_choice_of_training_is_described(client: TestClient) -> None:
+    found = client.get("/openapi.json").json()["components"]["schemas"]["TrainingSpec"]["properties"]
+    assert set(found) == set(TrainingSpec.model_fields)
+    assert all(choice.get("description") for choice in found.values())
+    assert "8-bit moments" in found["optimizer"]["description"]

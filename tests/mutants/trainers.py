@@ -137,6 +137,20 @@ TRAINER = (
         pytest("tests/training/test_engine.py::test_a_step_is_done_again_with_the_memory_that_made_it_faster"),
     ),
     guard(
+        "only a step that ran out of memory is done again",
+        "worker/training/engine.py",
+        "            if not stepper.can_shrink or not is_out_of_memory(error):\n",
+        "            if not stepper.can_shrink:\n",
+        pytest("tests/training/test_engine.py::test_a_step_that_fails_for_good_fails_once"),
+    ),
+    guard(
+        "a step is done again only with memory that was given up",
+        "worker/training/engine.py",
+        "            if not stepper.can_shrink or not is_out_of_memory(error):\n",
+        "            if not is_out_of_memory(error):\n",
+        pytest("tests/training/test_engine.py::test_a_step_that_fails_for_good_fails_once"),
+    ),
+    guard(
         "a step that is done again keeps nothing of the pass that failed",
         "worker/training/decoder.py",
         "                leaf.grad = None  # of a pass that broke off\n",
