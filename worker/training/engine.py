@@ -448,21 +448,24 @@ EvaluationSums = tuple[float, float, float]
 
 def _evaluate_share(engine: Engine, rows: list[Example], should_stop: Callable[[], bool]) -> EvaluationSums | None:
     longest = max((len(row.ids) for row in rows), default=0)
-    batch_tokens = EVALUATION_TOKENS
+    batch_tokens, shrunk = EVALUATION_TOKENS, False
     while True:
         try:
-            return _evaluate(engine, rows, batch_tokens, should_stop)
+            sums = _evaluate(engine, rows, batch_tokens, should_stop)
+            if shrunk:
+                engine.owner.shrank()
+            return sums
         except Exception as error:
             alone = not isinstance(engine.stepper, ShardedStepper)  # else other ranks would not try again with us
-            shrinks = batch_tokens <= longest and engine.stepper is not None and engine.stepper.can_shrink
-            if not alone or not is_out_of_memory(error) or (batch_tokens <= longest and not shrinks):
+            if not alone or not is_out_of_memory(error):
                 raise
-        if shrinks:
-            assert engine.stepper is not None
-            engine.stepper.shrink()
-            engine.owner.shrank()
-        else:
+            if batch_tokens <= longest and (engine.stepper is None or not engine.stepper.can_shrink):
+                raise
+        if batch_tokens > longest:
             batch_tokens //= 2
+        elif engine.stepper is not None:
+            engine.stepper.shrink()
+            shrunk = True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
