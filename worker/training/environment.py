@@ -15,10 +15,10 @@ MALLOC = {
 """glibc keeps freed activations instead of returning them to the kernel, which would zero their pages again at each
 step: the difference between 290 and 360 tokens/s on two cores."""
 
-THREADS = {"GOMP_SPINCOUNT": "5000"}
-"""Waiting threads spin for some microseconds and then sleep. Spinning keeps the thread that is waited for off its core
-when another process is busy: beside a chat a step took 13 times as long with 100,000 turns, 3 times with 5,000.
-Sleeping at once cost a sixth of the speed on an idle machine (docs/experiments.md, "Waiting threads").
+THREADS = {"GOMP_SPINCOUNT": "100000"}
+"""Waiting threads spin for some microseconds and then sleep. Spinning without end keeps the thread that is waited for
+off its core when another process is busy (a step took five times as long); sleeping at once cost a sixth of the speed
+on an idle machine (199 against 238 tokens/s on two cores).
 
 They are not bound to cores (OMP_PROC_BIND). The API, the broker and the database are on the same host, and a bound
 thread can't leave the core that one of them takes: all the others would wait for it at the end of each product, where
